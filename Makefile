@@ -1,0 +1,34 @@
+# Everything from a fresh clone: each target makes the environment it needs in .venv, quickly the second time.
+# Another torch build:  make demo TORCH=torch==2.13.0   (or TORCH="torch --index-url ...").
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test format clean
+
+demo: .venv/.ready-demo
+	$(BIN)/tta-server demo
+
+test: .venv/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+format: .venv/.ready-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Torch first and by itself, so that the build the user chose satisfies the package's range.
+.venv/.torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	touch $@
+
+.venv/.ready-%: .venv/.torch pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[demo,$*]'
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,86 @@
+"""One forward pass for many streams: the network as a function of per-stream weights.
+
+Strategy *segment*, for policies of scope ``NONE`` and ``NORM``: every row goes through the shared layers together, and
+the norm layers (``norm.py``) apply each stream's own weights and statistics to that stream's rows. Any mixture of batch
+sizes is one pass.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from adapters.base import Output, Segments
+from tta_server.engine.norm import Conduit, Pass, replace_norms
+from tta_server.errors import ConfigError
+from tta_server.settings import InputSettings
+
+
+class StreamwiseNetwork:
+    """A frozen network in evaluation mode whose norm layers work per stream. One pass at a time.
+
+    Takes ``network`` over: its norm layers are replaced in place, keeping their parameter names.
+    """
+
+    def __init__(self, network: nn.Module, spec: InputSettings, head: str, device: torch.device) -> None:
+        self.device = device
+        self.dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+        self._network = network.eval().requires_grad_(False)
+        self._conduit = Conduit()
+        self.norm_layers = replace_norms(self._network, self._conduit)
+        self._network.to(device)
+        self._features: Tensor | None = None
+        self._network.get_submodule(head).register_forward_pre_hook(self._catch_features)
+        per_channel = (-1, *[1] * (len(spec.shape) - 1))
+        self._mean, self._std = (
+            torch.tensor(values, dtype=self.dtype, device=device).view(per_channel) if values else None
+            for values in (spec.mean, spec.std)
+        )
+
+    def run(self, now: Pass, x: Tensor) -> Output:
+        """Runs ``x [N, ...]``, un-normalised, under the weights, segments and statistics of ``now``."""
+        if self._mean is not None and self._std is not None:
+            x = (x - self._mean) / self._std
+        self._conduit.current = now
+        try:
+            logits = self._network(x)
+            features = self._features
+        finally:
+            self._conduit.current = self._features = None
+        if features is None:
+            raise ConfigError("the classifier head did not run in the forward pass; name the right layer as 'head'")
+        return Output(logits, features, now.statistics)
+
+    def _catch_features(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._features = inputs[0]
+
+
+def probe(network: StreamwiseNetwork, spec: InputSettings) -> tuple[int, int]:
+    """Checks that the network is one we can serve, by running it; returns (classes, feature dimensions).
+
+    Three different rows together and one by one must score alike: a layer that mixes rows would let streams leak into
+    one another. Raises ``ConfigError``.
+    """
+    low, high = spec.range or (-1.0, 1.0)
+    size = (3, *spec.shape)
+    ramp = torch.linspace(0, 1, math.prod(size), dtype=torch.float64).view(size)
+    x = (low + (high - low) * (0.5 + 0.5 * torch.sin(1e3 * ramp))).to(network.device, network.dtype)
+    try:
+        together = network.run(Pass(Segments([3], network.device)), x)
+        alone = [network.run(Pass(Segments([1], network.device)), row.unsqueeze(0)).logits for row in x]
+    except RuntimeError as error:
+        raise ConfigError(f"the model does not run on inputs of shape {list(spec.shape)}: {error}") from error
+    for name, value in (("scores", together.logits), ("input of the head", together.features)):
+        if value.dim() != 2 or len(value) != 3:
+            raise ConfigError(f"the {name} must be [rows, values], got {list(value.shape)} for 3 rows")
+    if not together.logits.isfinite().all():
+        raise ConfigError("the model's scores for plain inputs are not finite; are the weights sound?")
+    gap = (together.logits - torch.cat(alone)).abs().max().item()
+    if gap > 1e-3 * max(1.0, together.logits.abs().max().item()):
+        raise ConfigError(
+            f"rows influence one another in this model (scores differ by {gap:.3g} between a batch and single rows), "
+            "so streams cannot share it; does a layer other than the known norm layers use batch statistics?"
+        )
+    return together.logits.shape[1], together.features.shape[1]

@@ -1,0 +1,68 @@
+"""Everything that can go wrong on purpose. No HTTP in here: ``http/problems.py`` holds the table to status codes.
+
+::
+
+    TtaError
+    ├── ConfigError              the config file, the model it names, or the environment
+    ├── BadInput                 the request's tensors or parameters; the message says expected and got
+    ├── TooLarge                 a limit on size; the message names the setting
+    ├── UnknownName              no such model, policy or stream
+    ├── Conflict                 the request is sound but does not fit what is there
+    ├── QueueFull                a bounded queue or quota; try again after ``retry_after`` seconds
+    ├── Unavailable              loading or draining; likewise
+    ├── DeadlineExceeded         waited too long in the queue; never adapted
+    ├── Cancelled                the client went away before its turn
+    └── StepFailed               the model or the policy failed on this request; its stream is unchanged
+"""
+
+from __future__ import annotations
+
+
+class TtaError(Exception):
+    """Base of all errors this project raises on purpose. ``str(error)`` is meant for the user."""
+
+
+class ConfigError(TtaError):
+    """The configuration, or what it points to, cannot be used."""
+
+
+class BadInput(TtaError):
+    """A request that is malformed or does not fit the model."""
+
+
+class TooLarge(TtaError):
+    """A request beyond a size limit."""
+
+
+class UnknownName(TtaError):
+    """A model, policy or stream that does not exist here."""
+
+
+class Conflict(TtaError):
+    """A sound request that contradicts what is there, such as a request number out of order."""
+
+
+class QueueFull(TtaError):
+    """A bounded resource is used up for now."""
+
+    retry_after = 1
+    """Seconds after which a new attempt is sensible."""
+
+
+class Unavailable(TtaError):
+    """The server is not taking requests: still loading, or draining."""
+
+    retry_after = 5
+    """Seconds after which a new attempt is sensible."""
+
+
+class DeadlineExceeded(TtaError):
+    """The request's time was up before its turn came. It has not adapted anything."""
+
+
+class Cancelled(TtaError):
+    """Nobody waits for the answer any more."""
+
+
+class StepFailed(TtaError):
+    """The engine could not answer. The stream keeps its previous version."""

@@ -1,0 +1,223 @@
+"""Counts and distributions for Prometheus. Nothing else in the project knows the metrics library.
+
+Label values are bounded: models, policies, routes and results, never a stream. Every metric's help text says what it is
+and in which unit; ``docs/metrics.md`` lists them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from torch import Tensor
+
+from tta_server import __version__
+from tta_server.drift.monitor import AGREEMENT, DRIFT
+from tta_server.types import StepStats
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+RATIO = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+DISTANCE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+class Recorder(Protocol):
+    """What the rest of the server tells about itself."""
+
+    def step(self, stats: StepStats) -> None:
+        """An engine step is over."""
+
+    def request(self, model: str, route: str, code: int, seconds: float) -> None:
+        """An HTTP request was answered; ``model`` is empty where it concerns none."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What is read when Prometheus asks."""
+
+    waiting: int
+    streams: dict[tuple[str, str, bool], int]
+    """Open streams by model, policy and whether adaptation is on."""
+    states: dict[str, tuple[int, int]]
+    """Streams with a state and their bytes, by tier."""
+    evictions: int
+    classes: dict[str, int]
+    """Number of classes by model."""
+    digests: dict[str, str]
+    """Source digest by model."""
+
+
+class PrometheusRecorder:
+    """Keeps the metrics in a registry of its own."""
+
+    def __init__(self, classes: dict[str, int], levels: Callable[[], Levels]) -> None:
+        """``classes``: number of classes by model, for the scale of entropy; ``levels`` is called at every scrape."""
+        self._log_classes = {model: math.log(count) for model, count in classes.items()}
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        GCCollector(registry=self._registry)
+        model = ["model_name"]
+
+        def counter(name: str, text: str, labels: list[str]) -> Counter:
+            return Counter(name, text, model + labels, registry=self._registry)
+
+        def histogram(name: str, text: str, labels: list[str], buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, text, model + labels, buckets=buckets, registry=self._registry)
+
+        self._requests = counter("tta_requests", "HTTP requests answered, by route and status code.", ["route", "code"])
+        self._request_seconds = histogram(
+            "tta_request_duration_seconds", "From the request's arrival to its last byte.", ["route"], SECONDS
+        )
+        self._queue_seconds = histogram(
+            "tta_queue_duration_seconds", "Wait of a prediction request for its engine step.", [], SECONDS
+        )
+        self._compute_seconds = histogram(
+            "tta_compute_duration_seconds",
+            "Duration of an engine step's phases: forward up to the answers, adapt (loss, backward, optimiser, commit), "
+            "source_shadow (the frozen model on sampled requests).",
+            ["phase"],
+            SECONDS,
+        )
+        self._batch_rows = histogram("tta_batch_samples", "Samples in one engine step, of all its streams.", [], ROWS)
+        self._predictions = counter("tta_predictions", "Samples answered, by the policy that answered.", ["policy"])
+        self._steps = counter(
+            "tta_adaptation_steps",
+            "Adaptation steps of streams: applied; rejected_nonfinite (state or scores were not finite, nothing kept); "
+            "failed (an error after the answer, nothing kept).",
+            ["policy", "result"],
+        )
+        self._confidence = RowHistogram(
+            "tta_prediction_confidence_ratio", "Largest served probability of a sample, not calibrated.", RATIO
+        )
+        self._entropy = RowHistogram(
+            "tta_prediction_entropy_ratio", "Entropy of a sample's served probabilities over ln(classes).", RATIO
+        )
+        self._registry.register(self._confidence)
+        self._registry.register(self._entropy)
+        self._distance = histogram(
+            "tta_bn_statistics_distance_ratio",
+            "Of sampled requests: normalised squared 2-Wasserstein distance of the batch's statistics at the source's "
+            "batch-norm layers to the stored ones, mean over channels and layers; 0 is source data in large batches.",
+            [],
+            DISTANCE,
+        )
+        self._agreement = histogram(
+            "tta_source_agreement_ratio",
+            "Of sampled requests: share of samples whose served class is the source model's.",
+            [],
+            RATIO,
+        )
+        self._registry.register(_LevelsCollector(levels))
+
+    def step(self, stats: StepStats) -> None:
+        """See :class:`Recorder`."""
+        model, policy = stats.lane.model, stats.lane.policy.name
+        for phase, seconds in (
+            ("forward", stats.forward_seconds),
+            ("adapt", stats.adapt_seconds),
+            ("source_shadow", stats.shadow_seconds),
+        ):
+            if seconds:
+                self._compute_seconds.labels(model, phase).observe(seconds)
+        if not stats.jobs:
+            return
+        rows = sum(job.rows for job in stats.jobs)
+        self._batch_rows.labels(model).observe(rows)
+        self._predictions.labels(model, policy).inc(rows)
+        self._confidence.observe(model, torch.cat([job.confidence for job in stats.jobs]))
+        self._entropy.observe(model, torch.cat([job.entropy for job in stats.jobs]) / self._log_classes[model])
+        for job in stats.jobs:
+            self._queue_seconds.labels(model).observe(job.queue_seconds)
+            if job.result != "none":
+                self._steps.labels(model, policy, job.result).inc()
+            if DRIFT in job.signals:
+                self._distance.labels(model).observe(job.signals[DRIFT])
+            if AGREEMENT in job.signals:
+                self._agreement.labels(model).observe(job.signals[AGREEMENT])
+
+    def request(self, model: str, route: str, code: int, seconds: float) -> None:
+        """See :class:`Recorder`."""
+        self._requests.labels(model, route, code).inc()
+        self._request_seconds.labels(model, route).observe(seconds)
+
+    def render(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class RowHistogram(Collector):
+    """A histogram by model that takes a whole tensor of observations at once; non-finite ones are left out."""
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
+        self._name, self._text = name, text
+        self._bounds = torch.tensor(bounds, dtype=torch.float64)
+        self._labels = [*(str(float(bound)) for bound in bounds), "+Inf"]
+        self._totals: dict[str, tuple[Tensor, float]] = {}
+
+    def observe(self, model: str, values: Tensor) -> None:
+        """Counts ``values [N]``."""
+        values = values.double()
+        values = values[values.isfinite()]
+        counts = torch.bincount(torch.bucketize(values, self._bounds), minlength=len(self._labels))
+        before, total = self._totals.get(model, (torch.zeros_like(counts), 0.0))
+        self._totals[model] = (before + counts, total + values.sum().item())
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
+        for model, (counts, total) in list(self._totals.items()):
+            buckets = list(zip(self._labels, counts.cumsum(0).double().tolist(), strict=True))
+            family.add_metric([model], buckets, total)
+        yield family
+
+
+class _LevelsCollector(Collector):
+    """Values that are read, not counted: asked for at every scrape."""
+
+    def __init__(self, levels: Callable[[], Levels]) -> None:
+        self._levels = levels
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        levels = self._levels()
+        yield GaugeMetricFamily("tta_requests_waiting", "Requests in the queues.", value=levels.waiting)
+        streams = GaugeMetricFamily(
+            "tta_streams", "Open streams, by policy and whether adaptation is on.",
+            labels=["model_name", "policy", "adapt"],
+        )  # fmt: skip
+        for (model, policy, adapt), count in levels.streams.items():
+            streams.add_metric([model, policy, str(adapt).lower()], count)
+        yield streams
+        held = GaugeMetricFamily("tta_stream_states", "Streams with a state of their own, by tier.", labels=["tier"])
+        size = GaugeMetricFamily("tta_stream_state_bytes", "Bytes of stream states, by tier.", labels=["tier"])
+        for tier, (count, total) in levels.states.items():
+            held.add_metric([tier], count)
+            size.add_metric([tier], total)
+        yield from (held, size)
+        evictions = Metric("tta_stream_evictions", "Stream states moved from the device to host memory.", "counter")
+        evictions.add_sample("tta_stream_evictions_total", {}, levels.evictions)
+        yield evictions
+        info = GaugeMetricFamily(
+            "tta_model_info", "1 for each model: its source digest and classes.",
+            labels=["model_name", "digest", "classes"],
+        )  # fmt: skip
+        for model, digest in levels.digests.items():
+            info.add_metric([model, digest[:16], str(levels.classes[model])], 1)
+        yield info
+        yield GaugeMetricFamily("tta_build_info", "1; version of server and torch.", labels=["version", "torch"])

@@ -1,0 +1,81 @@
+"""Policies by name: the registered ones and those of installed plug-ins, with settings checked by pydantic."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, cast
+
+import orjson
+from pydantic import TypeAdapter, ValidationError
+
+import adapters
+from adapters import Policy
+from tta_server.errors import BadInput, ConfigError, UnknownName
+from tta_server.settings import explain
+
+PLUGINS = "tta_server.policies"
+"""Entry point group: each entry is a module that registers its policies when imported."""
+
+
+def load_plugins() -> None:
+    """Imports the policies of other installed packages. Raises ``ConfigError`` naming the one that fails."""
+    for entry in importlib.metadata.entry_points(group=PLUGINS):
+        try:
+            entry.load()
+        except Exception as error:  # a plug-in may raise anything; the operator must know which one it was
+            raise ConfigError(f"the policy plug-in {entry.name} ({entry.value}) cannot be loaded: {error}") from error
+
+
+def check_package_names() -> None:
+    """Raises ``ConfigError`` when another distribution owns the import name ``adapters`` (AdapterHub's has it, too)."""
+    owners = set(importlib.metadata.packages_distributions().get("adapters", [])) - {"tta-server"}
+    if owners:
+        raise ConfigError(
+            f"the Python package 'adapters' is also installed by {', '.join(sorted(owners))}, and the two cannot share an "
+            "environment: uninstall it, or install tta-server in an environment of its own"
+        )
+
+
+def make_policy(name: str, settings: Mapping[str, Any]) -> Policy:
+    """The policy ``name`` with these settings over its defaults.
+
+    Raises ``UnknownName``, or ``BadInput`` listing every setting that does not fit.
+    """
+    try:
+        return cast("Policy", TypeAdapter(_policy_type(name)).validate_python(dict(settings)))
+    except ValidationError as error:
+        raise BadInput(f"the settings of policy {name!r} do not fit:\n{explain(error)}") from error
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What a user needs to choose and set a policy: name, summary, scope, needs and the JSON schema of its settings."""
+    kind = _policy_type(name)
+    schema = TypeAdapter(kind).json_schema()
+    return {
+        "name": kind.name,
+        "summary": (kind.__doc__ or "").strip().split("\n")[0],
+        "scope": kind.scope.value,
+        "needs": sorted(kind.needs),
+        "settings": {key: value for key, value in schema.items() if key not in ("title", "description")},
+    }
+
+
+def settings_of(policy: Policy) -> dict[str, Any]:
+    """A policy's settings as a dict, defaults included."""
+    return asdict(cast("Any", policy))
+
+
+def digest(policy: Policy) -> str:
+    """Hex SHA-256 of a policy's name and settings."""
+    content = {"name": policy.name, "settings": settings_of(policy)}
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _policy_type(name: str) -> type[Policy]:
+    known = adapters.policies()
+    if name not in known:
+        raise UnknownName(f"no policy {name!r}; there are: {', '.join(sorted(known))}")
+    return known[name]

@@ -1,0 +1,116 @@
+"""The one thread that owns the device: wait for a plan, run it, hand back, again.
+
+Everything that touches models, stream state and monitor happens here, one plan at a time, so none of it needs a lock.
+Other threads only submit and cancel.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from tta_server.engine.engine import Engine
+from tta_server.errors import DeadlineExceeded, StepFailed, Unavailable
+from tta_server.metrics import Recorder
+from tta_server.scheduler import Scheduler
+from tta_server.types import Answer, Job, Plan
+
+log = logging.getLogger(__name__)
+
+
+class Runner:
+    """Runs the scheduler's plans on the engine until it is drained."""
+
+    def __init__(
+        self, engine: Engine, scheduler: Scheduler, recorder: Recorder, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.engine, self._scheduler, self._recorder, self._clock = engine, scheduler, recorder, clock
+        self._changed = threading.Condition()
+        self._admitting, self._stopping = True, False
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queues."""
+        return len(self._scheduler)
+
+    def submit(self, job: Job) -> None:
+        """Queues a job. Raises ``QueueFull`` or, once draining, ``Unavailable``; then ``done`` is not called."""
+        with self._changed:
+            if not self._admitting:
+                raise Unavailable("the server is shutting down; try another instance, or again in a moment")
+            job.arrived = self._clock()
+            self._scheduler.submit(job)
+            self._changed.notify_all()
+
+    def cancel(self, job: Job) -> bool:
+        """Takes a waiting job back, whose ``done`` is then not called; False when it runs already or is done."""
+        with self._changed:
+            return self._scheduler.cancel(job)
+
+    def drain(self, seconds: float) -> int:
+        """Stops admitting, lets what waits finish for so long, ends the thread. Returns how many jobs were given up."""
+        with self._changed:
+            self._admitting = False
+            self._changed.wait_for(lambda: self._scheduler.idle, timeout=seconds)
+            left = self._scheduler.clear()
+            self._stopping = True
+            self._changed.notify_all()
+        for job in left:
+            job.done(None, Unavailable("the server shut down before this request's turn came"))
+        if self._thread.is_alive():
+            self._thread.join()
+        return len(left)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                plan, expired = self._next()
+                while plan is None and not expired and not self._stopping:
+                    self._changed.wait()
+                    plan, expired = self._next()
+            for job in expired:
+                job.done(None, DeadlineExceeded("the request's time was up before its turn came"))
+            if plan is None and not expired:
+                return
+            if plan is not None:
+                self._run_plan(plan)
+                with self._changed:
+                    self._scheduler.complete(plan)
+                    self._changed.notify_all()
+
+    def _next(self) -> tuple[Plan | None, list[Job]]:
+        return self._scheduler.next_batch(self._clock()), self._scheduler.expired()
+
+    def _run_plan(self, plan: Plan) -> None:
+        """Runs a plan so that every job's ``done`` is called once and nothing that fails ends the thread."""
+        open_jobs = set(plan.jobs)
+
+        def answer(job: Job, result: Answer | Exception) -> None:
+            open_jobs.discard(job)
+            if isinstance(result, Answer):
+                job.done(result, None)
+            else:
+                job.done(None, result)
+
+        try:
+            if plan.lane is None:
+                for job in plan.jobs:
+                    assert job.command is not None
+                    job.command()
+            else:
+                self._recorder.step(self.engine.step(plan, answer))
+        except Exception as error:  # a fault of our own must cost its requests, not the server
+            log.exception("the engine failed on a plan")
+            for job in list(open_jobs):
+                answer(job, StepFailed(f"internal error: {type(error).__name__}: {error}"))
+            return
+        if plan.lane is None:
+            for job in plan.jobs:
+                job.done(None, None)

@@ -1,0 +1,147 @@
+"""Who goes next: per-stream order, batches per lane, deadlines, bounds. A pure data structure.
+
+No torch, no asyncio, no thread, no clock of its own: callers pass ``now`` (seconds, any monotonic origin) and hold a
+lock if they share it. Invariants, checked by ``tests/test_scheduler.py``:
+
+- a stream has at most one job in running plans, and its jobs run in the order they were submitted;
+- a plan holds jobs of one lane, each of another stream, at most ``max_rows`` rows together (one job may exceed it);
+- among lanes the one whose oldest ready job came first goes first, so no lane starves;
+- what was cancelled or expired never runs; the expired are handed out once, by :meth:`expired`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+
+from tta_server.errors import QueueFull
+from tta_server.types import Job, Lane, Plan, Stream
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Limits of the queues. ``max_rows`` is how much is merged into one step; the others bound waiting jobs."""
+
+    max_rows: int = 64
+    max_streams: int = 256
+    """Streams in one plan; no more than a lane has slots."""
+    per_stream: int = 64
+    in_all: int = 4096
+
+
+class Scheduler:
+    """Queues jobs and picks the next plan."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self._queues: dict[Stream, deque[Job]] = {}
+        self._busy: set[Stream] = set()
+        # Ready streams by the lane of their first job, as heaps of (job number, stream's first job).
+        self._ready: dict[Lane | None, list[tuple[int, Job]]] = {}
+        self._expired: list[Job] = []
+        self._waiting = 0
+
+    def __len__(self) -> int:
+        """Jobs that wait."""
+        return self._waiting
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self._waiting and not self._busy
+
+    def submit(self, job: Job) -> None:
+        """Queues ``job`` behind its stream's others. Raises ``QueueFull``, naming the setting; commands always fit."""
+        queue = self._queues.get(job.stream)
+        if job.command is None:
+            if self._waiting >= self.bounds.in_all:
+                raise QueueFull(
+                    f"{self._waiting} requests wait already; the limit is limits.queue = {self.bounds.in_all}"
+                )
+            if queue is not None and len(queue) >= self.bounds.per_stream:
+                raise QueueFull(
+                    f"{len(queue)} requests of stream {job.stream.id!r} wait already; the limit is "
+                    f"limits.queue_per_stream = {self.bounds.per_stream}"
+                )
+        if queue is None:
+            queue = self._queues[job.stream] = deque()
+        queue.append(job)
+        self._waiting += 1
+        if len(queue) == 1 and job.stream not in self._busy:
+            self._make_ready(job)
+
+    def cancel(self, job: Job) -> bool:
+        """Removes a waiting job. False when it is not waiting (any more): it runs, or is done."""
+        queue = self._queues.get(job.stream)
+        if queue is None or job not in queue:
+            return False
+        first = queue[0] is job and job.stream not in self._busy
+        queue.remove(job)
+        self._waiting -= 1
+        if first:
+            heap = self._ready[job.lane]
+            heap.remove((job.number, job))
+            heapq.heapify(heap)
+            if not heap:
+                del self._ready[job.lane]
+            self._advance(job.stream)
+        return True
+
+    def next_batch(self, now: float) -> Plan | None:
+        """The next plan, whose streams are then busy until :meth:`complete`; ``None`` when nothing is ready."""
+        while self._ready:
+            lane = min(self._ready, key=lambda one: self._ready[one][0][0])
+            jobs = self._take(lane, now)
+            if jobs:
+                self._busy.update(job.stream for job in jobs)
+                return Plan(lane, jobs)
+        return None
+
+    def complete(self, plan: Plan) -> None:
+        """The plan is over: its streams' next jobs become ready."""
+        for job in plan.jobs:
+            self._busy.remove(job.stream)
+            self._advance(job.stream)
+
+    def expired(self) -> list[Job]:
+        """Jobs whose deadline passed while they waited, each handed out once; the caller tells their owners."""
+        expired, self._expired = self._expired, []
+        return expired
+
+    def clear(self) -> list[Job]:
+        """Removes and returns every waiting job."""
+        left = [job for queue in self._queues.values() for job in queue]
+        self._queues = {stream: deque() for stream in self._busy}
+        self._ready, self._waiting = {}, 0
+        return left
+
+    def _take(self, lane: Lane | None, now: float) -> list[Job]:
+        heap, jobs, rows = self._ready[lane], list[Job](), 0
+        while heap and len(jobs) < (self.bounds.max_streams if lane else 1):
+            job = heap[0][1]
+            late = now > job.deadline
+            if jobs and not late and rows + job.rows > self.bounds.max_rows:
+                break
+            heapq.heappop(heap)
+            self._queues[job.stream].popleft()
+            self._waiting -= 1
+            if late:
+                self._expired.append(job)
+                self._advance(job.stream)
+            else:
+                jobs.append(job)
+                rows += job.rows
+        if not heap:
+            del self._ready[lane]
+        return jobs
+
+    def _advance(self, stream: Stream) -> None:
+        queue = self._queues[stream]
+        if queue:
+            self._make_ready(queue[0])
+        else:
+            del self._queues[stream]
+
+    def _make_ready(self, job: Job) -> None:
+        heapq.heappush(self._ready.setdefault(job.lane, []), (job.number, job))

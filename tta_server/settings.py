@@ -1,0 +1,185 @@
+"""The config file: every setting with its default and unit, read from YAML, with ``${VARIABLE}`` filled in."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tta_server.errors import ConfigError
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputSettings(_Settings):
+    """What one row of a model's input looks like on the wire."""
+
+    shape: tuple[Positive, ...] = Field(min_length=1)
+    """Of one row, without the batch dimension: ``[channels, height, width]`` for images."""
+    range: tuple[float, float] | None = (0.0, 1.0)
+    """Least and greatest value a client may send, before normalisation; ``null`` admits any finite value."""
+    mean: tuple[float, ...] = ()
+    """Subtracted per channel; normalisation belongs to the model, clients send plain pixels."""
+    std: tuple[float, ...] = ()
+    """Divided by, per channel."""
+
+    @model_validator(mode="after")
+    def _check(self) -> InputSettings:
+        if len(self.mean) != len(self.std) or (self.mean and len(self.mean) != self.shape[0]):
+            raise ValueError(
+                f"mean and std need one value for each of {self.shape[0]} channels; "
+                f"got {len(self.mean)} and {len(self.std)}"
+            )
+        if any(value <= 0 for value in self.std):
+            raise ValueError(f"every std must be above 0, got {list(self.std)}")
+        if self.range is not None and self.range[0] >= self.range[1]:
+            raise ValueError(f"range must run from low to high, got {list(self.range)}")
+        return self
+
+
+class ModelSettings(_Settings):
+    """One source model."""
+
+    factory: str = Field(pattern=r"^[\w.]+:[\w.]+$")
+    """``package.module:callable`` that builds the network; importable, or a module beside the config file."""
+    arguments: dict[str, Any] = {}
+    """Keyword arguments of the factory."""
+    weights: str
+    """A safetensors file, or a state dict saved by ``torch.save``; looked for beside the config file first."""
+    input: InputSettings
+    classes: tuple[str, ...] = ()
+    """Class names in the order of the scores; empty: the class numbers."""
+    head: str | None = None
+    """Name of the classifier layer, whose input is the feature; found by itself when it is the last Linear."""
+    policy: str = "tent"
+    """The policy of streams that ask for none."""
+    policies: dict[str, dict[str, Any]] = {}
+    """Settings by policy that differ from the policy's own defaults for this model."""
+
+
+class LimitSettings(_Settings):
+    """Bounds. An error that one of them causes names it as ``limits.<name>``."""
+
+    body_bytes: Positive = 64 * 2**20
+    """Largest request body."""
+    rows_per_request: Positive = 1024
+    """Most samples in one request."""
+    batch_rows: Positive = 64
+    """Most samples merged from several streams into one engine step."""
+    queue: Positive = 4096
+    """Most requests waiting in all."""
+    queue_per_stream: Positive = 64
+    """Most requests of one stream waiting."""
+    queue_seconds: Seconds = 30.0
+    """Longest wait before a request is answered 504; a request may shorten it."""
+    drain_seconds: Seconds = 10.0
+    """Longest wait for queued requests at shutdown."""
+    streams: Positive = 20_000
+    """Most streams open at once."""
+    slots: Positive = 256
+    """Stream states kept on the device per model and policy setting; the rest wait in host memory."""
+
+
+class StreamSettings(_Settings):
+    """How requests find their stream."""
+
+    unknown_id: Literal["create", "refuse"] = "create"
+    """What a V2 request with a ``sequence_id`` not seen before and without ``sequence_start`` does."""
+    default: str | None = None
+    """Id of the stream shared by V2 requests without a ``sequence_id``; without one they get the source model."""
+
+
+class MonitorSettings(_Settings):
+    """What is measured beside the answers."""
+
+    shadow_ratio: float = Field(default=0.25, ge=0, le=1)
+    """Share of an adapting stream's requests that also run through the frozen source model, after the answer left."""
+    half_life: float = Field(default=20.0, gt=0)
+    """Of the moving averages per stream, in measured requests."""
+
+
+class ServerSettings(_Settings):
+    """Where the server listens."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    device: str = "auto"
+    """``cpu``, ``cuda``, ``cuda:1``, or ``auto``: CUDA where there is any."""
+    seed: int = 0
+    """Of the streams' random keys."""
+
+
+class Settings(_Settings):
+    """The whole config file."""
+
+    models: dict[str, ModelSettings] = Field(min_length=1)
+    server: ServerSettings = ServerSettings()
+    limits: LimitSettings = LimitSettings()
+    streams: StreamSettings = StreamSettings()
+    monitor: MonitorSettings = MonitorSettings()
+    folder: Path = Field(default=Path("."), exclude=True)
+    """The config file's own folder. Filled in when the file is read."""
+
+    def find(self, path: str) -> Path:
+        """The file of a config value: beside the config file first, then from the current directory."""
+        candidates = [self.folder / path, Path(path)]
+        for candidate in candidates:
+            if candidate.is_file():
+                return candidate
+        raise ConfigError(f"no file {path!r}: looked for " + " and ".join(str(one.absolute()) for one in candidates))
+
+
+def load_settings(path: Path) -> Settings:
+    """Reads a config file. Raises ``ConfigError`` with every fault found in it, each with its place in the file."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {error}") from error
+    if not isinstance(raw, dict) or "folder" in raw:
+        raise ConfigError(f"the config file {path} must be a mapping with the keys {', '.join(_keys(Settings))}")
+    try:
+        return Settings.model_validate({**_substitute(raw, path), "folder": path.parent})
+    except ValidationError as error:
+        raise ConfigError(f"the config file {path} does not fit:\n{explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """The faults of a pydantic error as lines of ``place: what was wrong, got value``."""
+    lines = []
+    for fault in error.errors():
+        place = ".".join(str(part) for part in fault["loc"]) or "(top)"
+        got = "" if fault["type"] == "missing" else f", got {fault['input']!r:.80}"
+        lines.append(f"  {place}: {fault['msg']}{got}")
+    return "\n".join(lines)
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [name for name, info in model.model_fields.items() if not info.exclude]
+
+
+def _substitute(value: Any, path: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _substitute(one, path) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_substitute(one, path) for one in value]
+    if not isinstance(value, str):
+        return value
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in os.environ:
+            raise ConfigError(f"{path} uses ${{{name}}} in {value!r}, but the environment variable {name} is not set")
+        return os.environ[name]
+
+    return _VARIABLE.sub(fill, value)

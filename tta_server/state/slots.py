@@ -1,0 +1,120 @@
+"""Pools of stream states: one row per slot, all of a state's tensors of one dtype side by side.
+
+A policy's :class:`State` is a flat dict of tensors ``[S, *shape]``; in a pool it is packed into one ``[K, width]``
+tensor per dtype, so that gathering and committing a batch of streams is one indexed copy each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from adapters.base import State, Tensors
+
+Packed = dict[torch.dtype, Tensor]
+"""State rows by dtype: ``[S, width]``, or ``[width]`` for a single stream."""
+
+
+class Layout:
+    """Where each tensor of a state lies in its packed row. Taken from a template; other shapes are refused."""
+
+    def __init__(self, template: State) -> None:
+        self._fields: dict[torch.dtype, list[tuple[bool, str, tuple[int, ...], int]]] = {}
+        for is_weight, tensors in ((True, template.weights), (False, template.memory)):
+            for key, value in tensors.items():
+                shape = tuple(value.shape[1:])
+                self._fields.setdefault(value.dtype, []).append((is_weight, key, shape, math.prod(shape)))
+        self.width = {dtype: sum(size for *_, size in fields) for dtype, fields in self._fields.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Of one stream's state."""
+        return sum(dtype.itemsize * width for dtype, width in self.width.items())
+
+    def pack(self, state: State) -> Packed:
+        """``State`` of ``[S, *shape]`` tensors -> rows ``[S, width]``. Raises ``ValueError`` where it does not fit."""
+        known = {(is_weight, key) for fields in self._fields.values() for is_weight, key, *_ in fields}
+        given = {(True, key) for key in state.weights} | {(False, key) for key in state.memory}
+        if known != given:
+            raise ValueError(f"state keys changed: {sorted(key for _, key in known ^ given)} are not in both")
+        return {
+            dtype: torch.cat([self._row(state, dtype, *field) for field in fields], dim=1)
+            for dtype, fields in self._fields.items()
+        }
+
+    def unpack(self, packed: Packed) -> State:
+        """Rows ``[S, width]`` -> ``State`` of views into them."""
+        weights, memory = Tensors(), Tensors()
+        for dtype, fields in self._fields.items():
+            parts = packed[dtype].split([size for *_, size in fields], dim=1)
+            for (is_weight, key, shape, _), part in zip(fields, parts, strict=True):
+                (weights if is_weight else memory)[key] = part.view(-1, *shape)
+        return State(weights, memory)
+
+    @staticmethod
+    def _row(state: State, dtype: torch.dtype, is_weight: bool, key: str, shape: tuple[int, ...], size: int) -> Tensor:
+        value = (state.weights if is_weight else state.memory)[key].detach()
+        if value.dtype != dtype or tuple(value.shape[1:]) != shape:
+            raise ValueError(
+                f"state tensor {key} changed: {dtype} {list(shape)} became {value.dtype} {list(value.shape[1:])}"
+            )
+        return value.reshape(-1, size)
+
+
+class SlotPool:
+    """``K`` slots of one layout on one device. Grows by doubling up to ``capacity``, so an unused pool costs little."""
+
+    def __init__(self, layout: Layout, capacity: int, device: torch.device) -> None:
+        self.layout, self.capacity, self._device = layout, capacity, device
+        self._rows: Packed = {
+            dtype: torch.empty(0, width, dtype=dtype, device=device) for dtype, width in layout.width.items()
+        }
+        self._size = 0
+        self._free: list[int] = []
+
+    @property
+    def used(self) -> int:
+        """Slots taken."""
+        return self._size - len(self._free)
+
+    def acquire(self) -> int | None:
+        """A slot with undefined content; ``None`` when all are taken."""
+        if not self._free and self._size < self.capacity:
+            grown = min(max(8, 2 * self._size), self.capacity)
+            for dtype, rows in self._rows.items():
+                fresh = torch.empty(grown, rows.shape[1], dtype=dtype, device=self._device)
+                fresh[: self._size] = rows
+                self._rows[dtype] = fresh
+            self._free = list(range(grown - 1, self._size - 1, -1))
+            self._size = grown
+        return self._free.pop() if self._free else None
+
+    def release(self, slot: int) -> None:
+        """Gives a slot back."""
+        self._free.append(slot)
+
+    def read(self, slot: int) -> Packed:
+        """A copy of one slot in host memory: rows ``[width]``."""
+        return {dtype: rows[slot].to("cpu", copy=True) for dtype, rows in self._rows.items()}
+
+    def write(self, slot: int, packed: Packed) -> None:
+        """Fills one slot from rows ``[width]``."""
+        for dtype, rows in self._rows.items():
+            rows[slot] = packed[dtype]
+
+    def gather(self, slots: list[int]) -> Packed:
+        """A copy of these slots: rows ``[S, width]``."""
+        index = torch.tensor(slots, device=self._device)
+        return {dtype: rows.index_select(0, index) for dtype, rows in self._rows.items()}
+
+    def scatter(self, slots: list[int], packed: Packed, accepted: list[int]) -> None:
+        """Writes the rows ``accepted`` of ``packed [S, width]`` to their slots, all or (by an error before) none."""
+        chosen = torch.tensor(accepted, device=self._device)
+        index = torch.tensor([slots[one] for one in accepted], device=self._device)
+        picked = (
+            packed if len(accepted) == len(slots) else {k: rows.index_select(0, chosen) for k, rows in packed.items()}
+        )
+        for dtype, rows in self._rows.items():
+            rows.index_copy_(0, index, picked[dtype])

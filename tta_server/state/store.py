@@ -1,0 +1,175 @@
+"""Which stream's state is where. Used by the device thread alone.
+
+Two tiers: device slots, and host memory for the streams that were used longest ago. A stream that never committed a
+step has no state of its own: it starts from its lane's initial one. A durable tier goes behind
+:meth:`StateStore.export` and :meth:`StateStore.restore`, the two ways in which a whole state leaves and enters.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adapters.base import State
+from tta_server.state.slots import Layout, Packed, SlotPool
+from tta_server.types import Lane, Stream
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Slots pinned for one step: ``slots[i]`` belongs to ``streams[i]`` and will not be evicted before the release."""
+
+    lane: Lane
+    streams: list[Stream]
+    slots: list[int]
+
+
+class _LaneStates:
+    """One lane's pool and the places of its streams' states."""
+
+    def __init__(self, initial: State, slots: int, device: torch.device) -> None:
+        self.layout = Layout(initial)
+        self.initial = {dtype: rows[0] for dtype, rows in self.layout.pack(initial).items()}
+        self.pool = SlotPool(self.layout, slots, device)
+        self.resident: OrderedDict[Stream, int] = OrderedDict()
+        """Slots by stream, the one used longest ago first."""
+        self.host: dict[Stream, Packed] = {}
+        self.leased: set[Stream] = set()
+
+
+class StateStore:
+    """Leases, commits and moves stream states. All states of a lane have one layout, that of its initial state."""
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self._slots, self._device = slots, device
+        self._lanes: dict[Lane, _LaneStates] = {}
+        self.evictions = 0
+
+    def add_lane(self, lane: Lane, initial: State) -> None:
+        """Makes room for a lane whose new streams start from ``initial`` (``S = 1``). Does nothing for one it has."""
+        if lane not in self._lanes:
+            self._lanes[lane] = _LaneStates(initial, self._slots, self._device)
+
+    def drop_lane(self, lane: Lane) -> None:
+        """Frees a lane's pool. Its streams must be gone."""
+        states = self._lanes.pop(lane, None)
+        assert states is None or not (states.resident or states.host), "a lane with streams cannot be dropped"
+
+    def has_state(self, lane: Lane) -> bool:
+        """Whether streams of this lane keep anything at all between steps."""
+        return bool(self._lanes[lane].layout.width)
+
+    def lease(self, lane: Lane, streams: Sequence[Stream]) -> tuple[Lease, State]:
+        """Pins a slot for each stream and returns a copy of their states, ``[S, ...]``.
+
+        Streams not on the device are brought there, those used longest ago making room. At most as many streams as
+        there are slots. Ends with :meth:`release`.
+        """
+        states = self._lanes[lane]
+        states.leased.update(streams)
+        try:
+            slots = [self._resident_slot(states, stream) for stream in streams]
+        except BaseException:
+            states.leased.difference_update(streams)
+            raise
+        return Lease(lane, list(streams), slots), states.layout.unpack(states.pool.gather(slots))
+
+    def commit(self, lease: Lease, new: State) -> list[bool]:
+        """Keeps the new states ``[S, ...]`` that are finite throughout, each with its version one higher.
+
+        The others stay as they were, bit for bit. Returns who was kept. Raises ``ValueError`` for a state of another
+        layout, with nothing changed.
+        """
+        states = self._lanes[lease.lane]
+        packed = states.layout.pack(new)
+        sound = torch.ones(len(lease.streams), dtype=torch.bool, device=self._device)
+        for rows in packed.values():
+            if rows.dtype.is_floating_point:
+                sound &= rows.isfinite().all(1)
+        kept: list[bool] = sound.tolist()
+        accepted = [index for index, keep in enumerate(kept) if keep]
+        if accepted:
+            states.pool.scatter(lease.slots, packed, accepted)
+            for index in accepted:
+                lease.streams[index].version += 1
+        return kept
+
+    def release(self, lease: Lease) -> None:
+        """Ends a lease."""
+        self._lanes[lease.lane].leased.difference_update(lease.streams)
+
+    def reset(self, lane: Lane, stream: Stream) -> None:
+        """Back to the initial state and version 0, as a new stream."""
+        self.drop(lane, stream)
+        stream.version = 0
+
+    def drop(self, lane: Lane, stream: Stream) -> None:
+        """Forgets a stream's state. It must not be leased."""
+        states = self._lanes[lane]
+        assert stream not in states.leased, f"stream {stream.id!r} is in a running step"
+        slot = states.resident.pop(stream, None)
+        if slot is not None:
+            states.pool.release(slot)
+        states.host.pop(stream, None)
+
+    def export(self, lane: Lane, stream: Stream) -> State:
+        """A copy of the stream's whole state in host memory, ``S = 1``."""
+        states = self._lanes[lane]
+        slot = states.resident.get(stream)
+        row = states.pool.read(slot) if slot is not None else states.host.get(stream, states.initial)
+        return states.layout.unpack({dtype: values.to("cpu", copy=True).unsqueeze(0) for dtype, values in row.items()})
+
+    def restore(self, lane: Lane, stream: Stream, state: State, version: int) -> None:
+        """Gives the stream a state (``S = 1``) and version. Raises ``ValueError`` where it does not fit."""
+        states = self._lanes[lane]
+        packed = {dtype: rows[0].to("cpu", copy=True) for dtype, rows in states.layout.pack(state).items()}
+        self.drop(lane, stream)
+        states.host[stream] = packed
+        stream.version = version
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Streams with a state and their bytes, by tier: ``{"device": (streams, bytes), "host": ...}``."""
+        device = [(len(lane.resident), lane.layout.bytes) for lane in self._lanes.values()]
+        host = [(len(lane.host), lane.layout.bytes) for lane in self._lanes.values()]
+        return {
+            tier: (sum(n for n, _ in lanes), sum(n * size for n, size in lanes))
+            for tier, lanes in (("device", device), ("host", host))
+        }
+
+    def tier(self, lane: Lane, stream: Stream) -> str:
+        """Where the stream's state is: ``device``, ``host``, or ``none`` while it has none of its own."""
+        states = self._lanes[lane]
+        return "device" if stream in states.resident else "host" if stream in states.host else "none"
+
+    def check_integrity(self) -> None:
+        """Raises ``AssertionError`` where the books do not add up. For tests and for idle time."""
+        for lane, states in self._lanes.items():
+            slots = list(states.resident.values())
+            assert len(set(slots)) == len(slots), f"{lane}: two streams share a slot"
+            assert states.pool.used == len(slots), f"{lane}: {states.pool.used} slots taken for {len(slots)} streams"
+            assert not states.resident.keys() & states.host.keys(), f"{lane}: a stream is in two tiers"
+            assert states.leased <= states.resident.keys(), f"{lane}: a leased stream has no slot"
+
+    def _resident_slot(self, states: _LaneStates, stream: Stream) -> int:
+        slot = states.resident.get(stream)
+        if slot is None:
+            slot = states.pool.acquire()
+            if slot is None:
+                slot = self._evict(states)
+            states.pool.write(slot, states.host.pop(stream, states.initial))
+            states.resident[stream] = slot
+        states.resident.move_to_end(stream)
+        return slot
+
+    def _evict(self, states: _LaneStates) -> int:
+        for stream, slot in states.resident.items():
+            if stream not in states.leased:
+                if stream.version:
+                    states.host[stream] = states.pool.read(slot)
+                del states.resident[stream]
+                self.evictions += 1
+                return slot
+        raise ValueError(f"all {states.pool.capacity} slots are leased; a step takes at most that many streams")

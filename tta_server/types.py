@@ -1,0 +1,123 @@
+"""The records that travel between the layers: stream, job, plan, answer, statistics of a step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from adapters import Policy
+
+_job_numbers = itertools.count(1)
+
+
+class Lane(NamedTuple):
+    """One source under one policy setting: the unit inside which streams can share a batch."""
+
+    model: str
+    policy: Policy
+
+
+@dataclass(eq=False)
+class Stream:
+    """One client's ordered sequence of requests.
+
+    Compared by identity: a stream that was deleted and one later opened under the same ``id`` are two. The service
+    changes ``adapt`` and ``last_seen``; ``version`` (number of committed steps since the start or the last reset) and
+    ``requests`` (answered so far) are changed by the device thread alone.
+    """
+
+    id: str
+    model: str
+    policy: Policy
+    random_key: int
+    created: float
+    """Unix time, seconds."""
+    adapt: bool = True
+    last_seen: float = 0.0
+    version: int = 0
+    requests: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one request gets back. Tensors are on the CPU."""
+
+    logits: Tensor
+    """``[N, C]``, the scores as served."""
+    version: int
+    """The stream's version these scores were computed with."""
+    adapted: bool
+    """Whether the stream's policy answered, not the plain source model."""
+    policy: str
+    entropy: Tensor
+    """``[N]``, nats, of the served softmax."""
+    confidence: Tensor
+    """``[N]``, largest served probability."""
+    drift: float | None
+    """The stream's drift score so far, see ``drift/monitor.py``; ``None`` before it was measured."""
+    agreement: float | None
+    """Share of sampled rows so far on which served and source class agree; ``None`` before it was measured."""
+    queue_seconds: float
+    inference_seconds: float
+    """From the start of the step that answered to the scores being there."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One request of one stream: ``x [N, ...]`` to answer in ``lane``, or, without a lane, a ``command`` to run.
+
+    Commands (reset, drop) queue like requests, so that they take their place in the stream's order.
+    ``deadline`` and ``arrived`` are seconds on the scheduler's clock. ``done`` is called exactly once, by whichever
+    thread knows first, with the answer or the error.
+    """
+
+    stream: Stream
+    done: Callable[[Answer | None, Exception | None], None]
+    lane: Lane | None = None
+    x: Tensor | None = None
+    command: Callable[[], None] | None = None
+    deadline: float = float("inf")
+    arrived: float = 0.0
+    number: int = field(default_factory=lambda: next(_job_numbers))
+
+    @property
+    def rows(self) -> int:
+        return 0 if self.x is None else len(self.x)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs of one engine step: all of one lane, each of another stream; or a single command."""
+
+    lane: Lane | None
+    jobs: list[Job]
+
+
+@dataclass(frozen=True)
+class JobStats:
+    """How one job of a step went. Row-wise values are tensors ``[N]`` on the CPU."""
+
+    stream: Stream
+    rows: int
+    queue_seconds: float
+    entropy: Tensor
+    confidence: Tensor
+    result: str
+    """``applied``, ``rejected_nonfinite``, ``failed``, or ``none`` where the lane keeps no state."""
+    signals: dict[str, float] = field(default_factory=dict)
+    """The policy's signals and, on sampled steps, ``bn_distance`` and ``agreement``."""
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one engine step did, for the recorder. Durations in seconds; a phase that did not run is 0."""
+
+    lane: Lane
+    jobs: list[JobStats]
+    forward_seconds: float
+    adapt_seconds: float
+    shadow_seconds: float
