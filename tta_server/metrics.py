@@ -19,9 +19,10 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from torch import Tensor
 
@@ -55,8 +56,6 @@ class Levels:
     states: dict[str, tuple[int, int]]
     """Streams with a state and their bytes, by tier."""
     evictions: int
-    classes: dict[str, int]
-    """Number of classes by model."""
     digests: dict[str, str]
     """Source digest by model."""
 
@@ -67,6 +66,7 @@ class PrometheusRecorder:
     def __init__(self, classes: dict[str, int], levels: Callable[[], Levels]) -> None:
         """``classes``: number of classes by model, for the scale of entropy; ``levels`` is called at every scrape."""
         self._log_classes = {model: math.log(count) for model, count in classes.items()}
+        disable_created_metrics()  # one more series for every one, which nothing here reads
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
@@ -88,7 +88,7 @@ class PrometheusRecorder:
         )
         self._compute_seconds = histogram(
             "tta_compute_duration_seconds",
-            "Duration of an engine step's phases: forward up to the answers, adapt (loss, backward, optimiser, commit), "
+            "An engine step's phases: forward up to the answers; adapt (loss, backward, optimiser, commit); "
             "source_shadow (the frozen model on sampled requests).",
             ["phase"],
             SECONDS,
@@ -210,14 +210,13 @@ class _LevelsCollector(Collector):
             held.add_metric([tier], count)
             size.add_metric([tier], total)
         yield from (held, size)
-        evictions = Metric("tta_stream_evictions", "Stream states moved from the device to host memory.", "counter")
-        evictions.add_sample("tta_stream_evictions_total", {}, levels.evictions)
-        yield evictions
-        info = GaugeMetricFamily(
-            "tta_model_info", "1 for each model: its source digest and classes.",
-            labels=["model_name", "digest", "classes"],
-        )  # fmt: skip
+        yield CounterMetricFamily(
+            "tta_stream_evictions", "Stream states moved from the device to host memory.", value=levels.evictions
+        )
+        info = GaugeMetricFamily("tta_model_info", "1 for each model.", labels=["model_name", "digest"])
         for model, digest in levels.digests.items():
-            info.add_metric([model, digest[:16], str(levels.classes[model])], 1)
+            info.add_metric([model, digest], 1)
         yield info
-        yield GaugeMetricFamily("tta_build_info", "1; version of server and torch.", labels=["version", "torch"])
+        build = GaugeMetricFamily("tta_build_info", "1 for the versions that run.", labels=["version", "torch"])
+        build.add_metric([__version__, torch.__version__], 1)
+        yield build

@@ -34,8 +34,8 @@ def check_package_names() -> None:
     owners = set(importlib.metadata.packages_distributions().get("adapters", [])) - {"tta-server"}
     if owners:
         raise ConfigError(
-            f"the Python package 'adapters' is also installed by {', '.join(sorted(owners))}, and the two cannot share an "
-            "environment: uninstall it, or install tta-server in an environment of its own"
+            f"the Python package 'adapters' is also installed by {', '.join(sorted(owners))}, and the two cannot share "
+            "an environment: uninstall it, or install tta-server in an environment of its own"
         )
 
 
@@ -45,7 +45,7 @@ def make_policy(name: str, settings: Mapping[str, Any]) -> Policy:
     Raises ``UnknownName``, or ``BadInput`` listing every setting that does not fit.
     """
     try:
-        return cast("Policy", TypeAdapter(_policy_type(name)).validate_python(dict(settings)))
+        return TypeAdapter(_policy_type(name)).validate_python(dict(settings))
     except ValidationError as error:
         raise BadInput(f"the settings of policy {name!r} do not fit:\n{explain(error)}") from error
 

@@ -50,10 +50,6 @@ class Engine:
     ) -> None:
         self.models, self.store, self.monitor, self._shadow_ratio = models, store, monitor, shadow_ratio
 
-    def add_lane(self, lane: Lane) -> None:
-        """Prepares a lane. Raises ``ValueError`` when the policy cannot run on the model."""
-        self.store.add_lane(lane, initial_state(lane.policy, self.models[lane.model]))
-
     def step(self, plan: Plan, answer: AnswerJob) -> StepStats:
         """Runs one plan; ``answer`` is called once per job, before any adaptation.
 
@@ -98,6 +94,8 @@ class Engine:
                     model.network.device, model.network.dtype
                 )
                 state = State({}, {})
+                if not self.store.has_lane(lane):
+                    self.store.add_lane(lane, initial_state(lane.policy, model))
                 if self.store.has_state(lane):
                     lease, state = self.store.lease(lane, [job.stream for job in jobs])
                 running = lane.policy.step(model.source, state, self._batch(model, lane.policy, jobs, segments, x))

@@ -43,6 +43,11 @@ class SourceModel:
     left_alone: tuple[str, ...]
     """Layers named like norm layers but of a type we do not know; they stay as trained."""
 
+    @property
+    def adaptable_values(self) -> int:
+        """Scales and shifts of the norm layers."""
+        return sum(self.source.weights[key].numel() for key in self.source.affine)
+
 
 def load_model(name: str, settings: Settings, device: torch.device) -> SourceModel:
     """Builds the model ``name`` of the config. Raises ``ConfigError`` saying what to mend."""
@@ -157,7 +162,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _find_head(network: nn.Module, named: str | None) -> str:
-    modules = dict(network.named_modules())
+    modules: dict[str, nn.Module] = dict(network.named_modules())
     if named is not None:
         if not named or named not in modules:
             raise ConfigError(

@@ -53,10 +53,9 @@ class StateStore:
         if lane not in self._lanes:
             self._lanes[lane] = _LaneStates(initial, self._slots, self._device)
 
-    def drop_lane(self, lane: Lane) -> None:
-        """Frees a lane's pool. Its streams must be gone."""
-        states = self._lanes.pop(lane, None)
-        assert states is None or not (states.resident or states.host), "a lane with streams cannot be dropped"
+    def has_lane(self, lane: Lane) -> bool:
+        """Whether :meth:`add_lane` was called since the lane's last state was dropped."""
+        return lane in self._lanes
 
     def has_state(self, lane: Lane) -> bool:
         """Whether streams of this lane keep anything at all between steps."""
@@ -103,12 +102,20 @@ class StateStore:
 
     def reset(self, lane: Lane, stream: Stream) -> None:
         """Back to the initial state and version 0, as a new stream."""
-        self.drop(lane, stream)
+        if lane in self._lanes:
+            self._forget(self._lanes[lane], stream)
         stream.version = 0
 
     def drop(self, lane: Lane, stream: Stream) -> None:
-        """Forgets a stream's state. It must not be leased."""
-        states = self._lanes[lane]
+        """Forgets a stream's state, and with a lane's last state the lane and its pool. It must not be leased."""
+        states = self._lanes.get(lane)
+        if states is not None:
+            self._forget(states, stream)
+            if not states.resident and not states.host:
+                del self._lanes[lane]
+
+    @staticmethod
+    def _forget(states: _LaneStates, stream: Stream) -> None:
         assert stream not in states.leased, f"stream {stream.id!r} is in a running step"
         slot = states.resident.pop(stream, None)
         if slot is not None:
@@ -126,22 +133,25 @@ class StateStore:
         """Gives the stream a state (``S = 1``) and version. Raises ``ValueError`` where it does not fit."""
         states = self._lanes[lane]
         packed = {dtype: rows[0].to("cpu", copy=True) for dtype, rows in states.layout.pack(state).items()}
-        self.drop(lane, stream)
+        self._forget(states, stream)
         states.host[stream] = packed
         stream.version = version
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Streams with a state and their bytes, by tier: ``{"device": (streams, bytes), "host": ...}``."""
-        device = [(len(lane.resident), lane.layout.bytes) for lane in self._lanes.values()]
-        host = [(len(lane.host), lane.layout.bytes) for lane in self._lanes.values()]
+        lanes = list(self._lanes.values())  # a copy: the scrape comes from another thread
+        device = [(len(lane.resident), lane.layout.bytes) for lane in lanes]
+        host = [(len(lane.host), lane.layout.bytes) for lane in lanes]
         return {
-            tier: (sum(n for n, _ in lanes), sum(n * size for n, size in lanes))
-            for tier, lanes in (("device", device), ("host", host))
+            tier: (sum(n for n, _ in sizes), sum(n * size for n, size in sizes))
+            for tier, sizes in (("device", device), ("host", host))
         }
 
     def tier(self, lane: Lane, stream: Stream) -> str:
         """Where the stream's state is: ``device``, ``host``, or ``none`` while it has none of its own."""
-        states = self._lanes[lane]
+        states = self._lanes.get(lane)
+        if states is None:
+            return "none"
         return "device" if stream in states.resident else "host" if stream in states.host else "none"
 
     def check_integrity(self) -> None:

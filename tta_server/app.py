@@ -1,0 +1,125 @@
+"""The composition root: the only file that knows every part."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tta_server import __version__
+from tta_server.drift.monitor import Monitor
+from tta_server.engine.engine import Engine
+from tta_server.engine.source import SourceModel, choose_device, load_model
+from tta_server.http import problems, v1, v2
+from tta_server.metrics import PrometheusRecorder, Recorder
+from tta_server.policies import make_policy
+from tta_server.runner import Runner
+from tta_server.scheduler import Bounds, Scheduler
+from tta_server.service import Service
+from tta_server.settings import Settings
+from tta_server.state.store import StateStore
+
+log = logging.getLogger(__name__)
+
+
+def load_models(settings: Settings) -> dict[str, SourceModel]:
+    """Loads every model of the config and checks its policy presets. Raises ``ConfigError`` or ``BadInput``."""
+    device = choose_device(settings.server.device)
+    for model in settings.models.values():
+        for policy in {model.policy, *model.policies}:
+            make_policy(policy, model.policies.get(policy, {}))
+    return {name: load_model(name, settings, device) for name in settings.models}
+
+
+def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
+    """The server as an ASGI application. Its lifespan starts the device thread, and drains it at the end."""
+    limits = settings.limits
+    store = StateStore(limits.slots, next(iter(models.values())).network.device)
+    engine = Engine(models, store, Monitor(settings.monitor.half_life), settings.monitor.shadow_ratio)
+    scheduler = Scheduler(
+        Bounds(
+            max_rows=limits.batch_rows,
+            max_streams=limits.slots,
+            per_stream=limits.queue_per_stream,
+            in_all=limits.queue,
+        )
+    )
+    recorder = PrometheusRecorder(
+        {name: len(model.classes) for name, model in models.items()}, lambda: service.levels()
+    )
+    runner = Runner(engine, scheduler, recorder)
+    service = Service(settings, models, runner)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        runner.start()
+        yield
+        given_up = await service.drain()
+        log.info("drained", extra={"given_up": given_up})
+
+    app = FastAPI(
+        title="tta-server",
+        version=__version__,
+        summary="Test-time adaptation of vision models, per client stream",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    problems.install(app)
+    app.include_router(v1.router(service))
+    app.include_router(v2.router(service))
+
+    @app.get("/metrics", tags=["operations"], response_class=Response)
+    async def metrics() -> Response:
+        """Everything measured, in Prometheus' text format."""
+        return Response(recorder.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    app.add_middleware(_Measured, recorder=recorder)
+    _correct_openapi(app)
+    return app
+
+
+class _Measured:
+    """Middleware that tells the recorder about every request: its route's template, status and duration."""
+
+    def __init__(self, app: ASGIApp, recorder: Recorder) -> None:
+        self._app, self._recorder = app, recorder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 500
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            model = scope.get("state", {}).get("model", "")
+            self._recorder.request(model, route, status, time.monotonic() - started)
+
+
+def _correct_openapi(app: FastAPI) -> None:
+    """Takes the framework's 422 out of the document: this server answers 400, in its own shape."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # the framework's documented way to change the document

@@ -1,0 +1,33 @@
+"""``tta-server check``: what the models of a config are, and which policies can run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+import adapters
+from tta_server.engine.report import policy_report
+from tta_server.engine.source import SourceModel
+
+
+def print_report(models: Mapping[str, SourceModel], console: Console) -> None:
+    """Prints each model's findings and its table of policies."""
+    for model in models.values():
+        layers = ", ".join(f"{count} {kind}" for kind, count in model.norm_layers.items()) or "none"
+        console.print(f"[bold]{model.name}[/bold]: {model.architecture}, {model.parameters:,} parameters")
+        console.print(f"  digest         {model.digest[:16]}...")
+        console.print(f"  device         {model.network.device}")
+        console.print(f"  input          {list(model.settings.input.shape)} in {model.settings.input.range}")
+        console.print(f"  classes        {len(model.classes)}")
+        console.print(f"  head           {model.head}, of {model.source.feature_dim} features")
+        console.print(f"  norm layers    {layers}")
+        console.print(f"  adaptable      {len(model.source.affine)} tensors, {model.adaptable_values:,} values")
+        for name in model.left_alone:
+            console.print(f"  [yellow]left alone[/yellow]     {name}: not a norm layer type of torch itself")
+        table = Table("policy", "runs", "bytes per stream", "why not")
+        for report in (policy_report(name, model) for name in adapters.policies()):
+            size = f"{report['bytes_per_stream']:,}" if report["runs"] else ""
+            table.add_row(report["name"], "yes" if report["runs"] else "no", size, report.get("reason", ""))
+        console.print(table)

@@ -1,0 +1,70 @@
+"""The one table from errors to status codes, and the one shape an error has on the wire: ``{"error": "text"}``."""
+
+from __future__ import annotations
+
+import logging
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from tta_server import errors
+from tta_server.settings import explain
+
+log = logging.getLogger(__name__)
+
+STATUS: dict[type[errors.TtaError], int] = {
+    errors.BadInput: 400,
+    errors.UnknownName: 404,
+    errors.Conflict: 409,
+    errors.TooLarge: 413,
+    errors.QueueFull: 429,
+    errors.Cancelled: 499,  # nobody is there to read it; the access statistics show it
+    errors.StepFailed: 500,
+    errors.Unavailable: 503,
+    errors.DeadlineExceeded: 504,
+}
+
+
+def problem(status: int, text: str, headers: dict[str, str] | None = None) -> Response:
+    """An error response."""
+    return Response(orjson.dumps({"error": text}), status, headers, media_type="application/json")
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of ``app``, the framework's own included, a ``{"error": ...}``."""
+    app.add_exception_handler(errors.TtaError, _ours)
+    app.add_exception_handler(HTTPException, _framework)
+    app.add_exception_handler(RequestValidationError, _validation)
+    app.add_exception_handler(ValidationError, _validation)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _ours(request: Request, error: Exception) -> Response:
+    retry_after = getattr(error, "retry_after", None)
+    headers = None if retry_after is None else {"Retry-After": str(retry_after)}
+    return problem(STATUS.get(type(error), 500), str(error), headers)  # type: ignore[arg-type]  # registered for ours only
+
+
+async def _framework(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    text = {
+        404: f"no such path: {request.url.path}",
+        405: f"{request.method} is not allowed on {request.url.path}",
+    }.get(error.status_code, str(error.detail))
+    return problem(error.status_code, text, dict(error.headers or {}))
+
+
+async def _validation(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError | ValidationError)
+    if isinstance(error, ValidationError):
+        return problem(400, f"the request does not fit:\n{explain(error)}")
+    faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+    return problem(400, f"the request does not fit: {faults}")
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    log.error("unexpected error on %s", request.url.path, exc_info=error)
+    return problem(500, f"internal error: {type(error).__name__}")

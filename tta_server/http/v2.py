@@ -1,0 +1,204 @@
+"""The Open Inference Protocol, V2: health, metadata and inference with JSON tensors.
+
+``parameters.sequence_id`` names the stream. The codec takes tensors by datatype and the answer is built per output, so
+that binary tensors are an addition to both, not a change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from tta_server import __version__
+from tta_server.engine.source import SourceModel
+from tta_server.errors import BadInput, UnknownName
+from tta_server.http.codec import decode_tensor, parse_json, read_body
+from tta_server.http.problems import problem
+from tta_server.http.schemas import InferRequest
+from tta_server.http.wire import PROBLEMS, decode, json_body, json_response, unless_gone
+from tta_server.service import Service
+from tta_server.types import Answer
+
+INPUT = "input"
+OUTPUTS = ("logits", "probabilities")
+VERSION = "1"
+
+
+def router(service: Service) -> APIRouter:
+    """The routes over ``service``."""
+    routes = APIRouter(prefix="/v2", tags=["Open Inference Protocol"], responses=PROBLEMS)
+    limits = service.settings.limits
+
+    def find(name: str, version: str = VERSION) -> SourceModel:
+        model = service.model(name)
+        if version != VERSION:
+            raise UnknownName(f"model {name!r} has version {VERSION} only, asked for was {version!r}")
+        return model
+
+    @routes.get("/health/live")
+    async def live() -> Response:
+        """The process runs."""
+        return json_response({"live": True})
+
+    @routes.get("/health/ready")
+    async def ready() -> Response:
+        """Requests are taken."""
+        if service.draining:
+            return problem(503, "the server is shutting down")
+        return json_response({"ready": True})
+
+    @routes.get("")
+    @routes.get("/", include_in_schema=False)
+    async def server() -> Response:
+        """Server metadata."""
+        return json_response({"name": "tta-server", "version": __version__, "extensions": ["sequence", "parameters"]})
+
+    async def metadata(name: str, version: str = VERSION) -> Response:
+        """Model metadata."""
+        model = find(name, version)
+        outputs = [{"name": one, "datatype": "FP32", "shape": [-1, len(model.classes)]} for one in OUTPUTS]
+        content = {
+            "name": model.name,
+            "versions": [VERSION],
+            "platform": "pytorch",
+            "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *model.settings.input.shape]}],
+            "outputs": outputs,
+        }
+        return json_response(content)
+
+    async def model_ready(name: str, version: str = VERSION) -> Response:
+        """The model takes requests."""
+        find(name, version)
+        if service.draining:
+            return problem(503, "the server is shutting down")
+        return json_response({"name": name, "ready": True})
+
+    async def infer(name: str, request: Request, version: str = VERSION) -> Response:
+        """Scores; with ``parameters.sequence_id``, those of that stream, which then adapts."""
+        model = find(name, version)
+        request.state.model = model.name
+        if "inference-header-content-length" in request.headers:
+            raise BadInput("binary tensors are not offered; send JSON tensors (tritonclient: binary_data=False)")
+        body = await read_body(request, limits.body_bytes)
+        asked = InferRequest.model_validate(parse_json(body))
+        wanted = _outputs(asked)
+        if len(asked.inputs) != 1 or asked.inputs[0].name != INPUT:
+            names = ", ".join(repr(one.name) for one in asked.inputs[:8]) or "none"
+            raise BadInput(f"the model has exactly one input, {INPUT!r}; got {names}")
+        tensor = asked.inputs[0]
+        x = await decode(
+            body,
+            lambda raw: decode_tensor(tensor.data, tensor.datatype, tensor.shape, model.settings.input, tensor.name),
+        )
+        controls = _Controls(asked.parameters, service.settings.streams.default)
+        report: dict[str, Any] = {}
+        if controls.stream is not None:
+            if controls.start and await _closed(service, controls.stream):
+                report["replaced"] = True
+            if not controls.start and controls.stream != service.settings.streams.default:
+                _refuse_unknown(service, controls.stream)
+            service.open(controls.stream, model.name, controls.policy)
+        answer, replayed = await unless_gone(
+            request,
+            service.predict(
+                model.name,
+                x,
+                stream=controls.stream,
+                number=controls.number,
+                adapt=controls.adapt,
+                timeout=controls.timeout,
+            ),
+        )
+        if controls.stream is not None and controls.end:
+            await _closed(service, controls.stream)
+        report |= _report(controls.stream, answer, replayed)
+        return json_response(
+            {
+                "model_name": model.name,
+                "model_version": VERSION,
+                **({} if asked.id is None else {"id": asked.id}),
+                "parameters": report,
+                "outputs": [_output(one, answer) for one in wanted],
+            }
+        )
+
+    for prefix in ("/models/{name}", "/models/{name}/versions/{version}"):
+        routes.get(prefix)(metadata)
+        routes.get(f"{prefix}/ready")(model_ready)
+        routes.post(f"{prefix}/infer", openapi_extra=json_body(InferRequest))(infer)
+    return routes
+
+
+class _Controls:
+    """What a request's ``parameters`` ask for. Raises ``BadInput`` for a value of the wrong type."""
+
+    def __init__(self, parameters: dict[str, Any], default_stream: str | None) -> None:
+        given = dict(parameters)
+        id = given.pop("sequence_id", None)
+        if isinstance(id, bool | float):
+            raise BadInput(f"sequence_id must be a string or a whole number, got {id!r}")
+        # 0 and the empty string mean no sequence.
+        self.stream: str | None = str(id) if id else default_stream
+        self.start = _take(given, "sequence_start", bool, False)
+        self.end = _take(given, "sequence_end", bool, False)
+        self.adapt: bool | None = _take(given, "tta_adapt", bool, None)
+        self.policy: str | None = _take(given, "tta_policy", str, None)
+        self.number: int | None = _take(given, "tta_seq", int, None)
+        if self.number is not None and self.number < 0:
+            raise BadInput(f"tta_seq must not be negative, got {self.number}")
+        microseconds = _take(given, "timeout", int, None)
+        self.timeout: float | None = microseconds / 1e6 if microseconds else None
+        if given.pop("binary_data_output", False):
+            raise BadInput("binary outputs are not offered; ask for JSON (tritonclient: binary_data=False)")
+
+
+def _take(given: dict[str, Any], name: str, kind: type[Any], default: Any) -> Any:
+    value = given.pop(name, default)
+    if value is not default and type(value) is not kind:
+        raise BadInput(f"parameter {name} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _outputs(asked: InferRequest) -> list[str]:
+    for output in asked.outputs:
+        if output.name not in OUTPUTS:
+            raise BadInput(f"no output {output.name!r}; there are {' and '.join(OUTPUTS)}")
+        if output.parameters.get("binary_data"):
+            raise BadInput(f"output {output.name!r}: binary outputs are not offered; ask with binary_data=False")
+    names = [output.name for output in asked.outputs] or list(OUTPUTS)
+    if len(set(names)) != len(names):
+        raise BadInput(f"an output is asked for twice: {names}")
+    return names
+
+
+def _refuse_unknown(service: Service, id: str) -> None:
+    if service.settings.streams.unknown_id == "refuse":
+        service.stream(id)
+
+
+async def _closed(service: Service, id: str) -> bool:
+    """Closes the stream if it is open; returns whether it was."""
+    try:
+        await service.close(id)
+    except UnknownName:
+        return False
+    return True
+
+
+def _output(name: str, answer: Answer) -> dict[str, Any]:
+    scores = answer.logits if name == "logits" else answer.logits.softmax(1)
+    return {"name": name, "datatype": "FP32", "shape": list(scores.shape), "data": scores.flatten().numpy()}
+
+
+def _report(stream: str | None, answer: Answer, replayed: bool) -> dict[str, str | int | float | bool]:
+    report: dict[str, str | int | float | bool | None] = {
+        "stream_id": stream,
+        "state_version": answer.version,
+        "adapted": answer.adapted,
+        "policy": answer.policy,
+        "confidence": answer.confidence.mean().item(),
+        "drift": answer.drift,
+        "replayed": replayed or None,
+    }
+    return {key: value for key, value in report.items() if value is not None}

@@ -1,0 +1,332 @@
+"""The async facade: open, predict, reset, close; admission, request numbers, deadlines.
+
+Runs on the event loop. Work goes to the runner's thread as jobs; their results come back to the loop. No HTTP in here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters import Policy, rng
+from adapters.source import SourcePolicy
+from tta_server.engine.engine import initial_state
+from tta_server.engine.source import SourceModel
+from tta_server.errors import BadInput, Cancelled, Conflict, DeadlineExceeded, QueueFull, TtaError, UnknownName
+from tta_server.metrics import Levels
+from tta_server.policies import make_policy, settings_of
+from tta_server.runner import Runner
+from tta_server.settings import Settings
+from tta_server.types import Answer, Job, Lane, Stream
+
+STREAM_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A request under way and those who wait for it (more than one when a request number is repeated)."""
+
+    future: asyncio.Future[Answer]
+    abandon: Callable[[], None]
+    waiters: int = 0
+
+
+@dataclass(eq=False)
+class _Open:
+    """An open stream with its numbered requests."""
+
+    stream: Stream
+    last_number: int | None = None
+    last_answer: Answer | None = None
+    flights: dict[int, _Flight] = field(default_factory=dict)
+
+
+class Service:
+    """Streams and predictions over one runner. All methods are for the event loop's thread."""
+
+    def __init__(self, settings: Settings, models: Mapping[str, SourceModel], runner: Runner) -> None:
+        self.settings, self.models, self._runner = settings, models, runner
+        self._streams: dict[str, _Open] = {}
+        self._source_policy = SourcePolicy()
+        self.draining = False
+
+    # Streams
+
+    def open(
+        self,
+        id: str,
+        model: str | None = None,
+        policy: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        adapt: bool | None = None,
+    ) -> tuple[Stream, bool]:
+        """Creates the stream ``id``, or confirms one that is the same; returns it and whether it is new.
+
+        What is left out is as it is on a stream that exists. On a new one, ``model`` is the only one there is,
+        ``policy`` the model's own, ``adapt`` on, and ``settings`` go over the model's preset for the policy, that over
+        the policy's defaults. Raises ``BadInput`` for what does not fit, ``UnknownName``, ``Conflict`` when the stream
+        exists otherwise or the policy cannot run on the model, and ``QueueFull`` beyond the limit on streams.
+        """
+        if not STREAM_ID.fullmatch(id):
+            raise BadInput(f"a stream id has 1 to 128 of A-Z a-z 0-9 . _ : -, got {id[:150]!r}")
+        existing = self._streams.get(id)
+        if existing is not None:
+            self._confirm(existing.stream, model, policy, settings)
+            if adapt is not None:
+                existing.stream.adapt = adapt
+            return existing.stream, False
+        source = self.model(model)
+        made = self._make_policy(source, policy or source.settings.policy, settings)
+        try:
+            initial_state(made, source)
+        except ValueError as error:
+            raise Conflict(f"policy {made.name!r} cannot run on model {source.name!r}: {error}") from error
+        if len(self._streams) >= self.settings.limits.streams:
+            raise QueueFull(
+                f"{len(self._streams)} streams are open; the limit is limits.streams = {self.settings.limits.streams}. "
+                "Delete streams that are done"
+            )
+        stream = Stream(
+            id=id,
+            model=source.name,
+            policy=made,
+            random_key=rng.stream_key(id, self.settings.server.seed),
+            created=time.time(),
+            adapt=adapt is not False,
+        )
+        self._streams[id] = _Open(stream)
+        return stream, True
+
+    def stream(self, id: str) -> Stream:
+        """The open stream ``id``. Raises ``UnknownName``."""
+        return self._open(id).stream
+
+    def streams(self) -> list[Stream]:
+        """All open streams, in order of creation."""
+        return [one.stream for one in self._streams.values()]
+
+    def signals(self, stream: Stream) -> dict[str, float]:
+        """The moving averages of a stream's signals, see ``drift/monitor.py``."""
+        return self._runner.engine.monitor.read(stream)
+
+    def tier(self, stream: Stream) -> str:
+        """Where the stream's state is now: ``device``, ``host`` or ``none``."""
+        return self._runner.engine.store.tier(Lane(stream.model, stream.policy), stream)
+
+    async def reset(self, id: str) -> Stream:
+        """Takes a stream back to the source once its requests so far are done; its request numbers go on."""
+        stream = self._open(id).stream
+        await self._command(stream, lambda: self._runner.engine.reset(stream))
+        return stream
+
+    async def close(self, id: str) -> None:
+        """Forgets a stream. Its id is free at once; requests it still has under way are finished first."""
+        stream = self._open(id).stream
+        del self._streams[id]
+        await self._command(stream, lambda: self._runner.engine.drop(stream))
+
+    # Predictions
+
+    async def predict(
+        self,
+        model: str | None,
+        x: Tensor,
+        *,
+        stream: str | None = None,
+        number: int | None = None,
+        adapt: bool | None = None,
+        timeout: float | None = None,
+    ) -> tuple[Answer, bool]:
+        """Scores for ``x [N, ...]``; returns them and whether they are the stored answer to a repeated number.
+
+        Without a ``stream`` the plain source model answers. ``adapt`` overrides the stream's toggle for this request:
+        without adaptation the source model answers and the stream's state rests. ``number`` is the request number: a
+        repeated one gets the first one's answer and never adapts twice, one older than the last is a ``Conflict``.
+        ``timeout`` (seconds) may shorten the longest wait in the queue.
+        """
+        source = self.model(model)
+        check_input(source, x, self.settings.limits.rows_per_request)
+        if stream is None:
+            if number is not None:
+                raise BadInput("a request number needs a stream to be counted in")
+            anonymous = Stream("", source.name, self._source_policy, 0, 0.0)
+            return await self._wait(self._launch(anonymous, Lane(source.name, self._source_policy), x, timeout)), False
+        opened = self._open(stream)
+        if opened.stream.model != source.name and model is not None:
+            raise Conflict(f"stream {stream!r} belongs to model {opened.stream.model!r}, not to {source.name!r}")
+        if number is not None:
+            if number == opened.last_number and opened.last_answer is not None:
+                return opened.last_answer, True
+            if number in opened.flights:
+                return await self._wait(opened.flights[number]), True
+            newest = max([*opened.flights, -1 if opened.last_number is None else opened.last_number])
+            if number < newest:
+                raise Conflict(f"request number {number} of stream {stream!r} is out of order: {newest} came before")
+        opened.stream.last_seen = time.time()
+        wanted = opened.stream.adapt if adapt is None else adapt
+        lane = Lane(source.name, opened.stream.policy if wanted else self._source_policy)
+
+        def keep(answer: Answer | None) -> None:
+            if number is not None:
+                del opened.flights[number]
+                if answer is not None:
+                    opened.last_number, opened.last_answer = number, answer
+
+        flight = self._launch(opened.stream, lane, x, timeout, keep)
+        if number is not None:
+            opened.flights[number] = flight
+        return await self._wait(flight), False
+
+    # The rest
+
+    def model(self, name: str | None) -> SourceModel:
+        """The model of that name, or the only one. Raises ``UnknownName``."""
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        if name is None or name not in self.models:
+            asked = "name one" if name is None else f"no model {name!r}"
+            raise UnknownName(f"{asked}; there are: {', '.join(sorted(self.models))}")
+        return self.models[name]
+
+    def levels(self) -> Levels:
+        """What the metrics read at every scrape."""
+        store = self._runner.engine.store
+        kinds = Counter((one.model, one.policy.name, one.adapt) for one in self.streams())
+        return Levels(
+            waiting=self._runner.waiting,
+            streams=dict(kinds),
+            states=store.counts(),
+            evictions=store.evictions,
+            digests={name: model.digest for name, model in self.models.items()},
+        )
+
+    async def drain(self) -> int:
+        """Stops admitting, finishes what waits within ``limits.drain_seconds``; returns how many were given up."""
+        self.draining = True
+        return await asyncio.to_thread(self._runner.drain, self.settings.limits.drain_seconds)
+
+    @staticmethod
+    def _make_policy(source: SourceModel, name: str, settings: Mapping[str, Any] | None) -> Policy:
+        return make_policy(name, {**source.settings.policies.get(name, {}), **(settings or {})})
+
+    def _confirm(
+        self, stream: Stream, model: str | None, policy: str | None, settings: Mapping[str, Any] | None
+    ) -> None:
+        """Raises ``Conflict`` unless what is asked for is what the stream is."""
+        if model is not None and self.model(model).name != stream.model:
+            raise Conflict(f"stream {stream.id!r} belongs to model {stream.model!r}, not to {model!r}")
+        if policy is None and settings is None:
+            return
+        made = self._make_policy(self.models[stream.model], policy or stream.policy.name, settings)
+        if made.name != stream.policy.name or (settings is not None and made != stream.policy):
+            raise Conflict(
+                f"stream {stream.id!r} runs policy {stream.policy.name!r} {settings_of(stream.policy)}, asked for was "
+                f"{made.name!r} {settings_of(made)}; delete it first, or use another id"
+            )
+
+    def _open(self, id: str) -> _Open:
+        if id not in self._streams:
+            raise UnknownName(f"no stream {id[:150]!r}; create it with PUT /v1/streams/<id>")
+        return self._streams[id]
+
+    def _launch(
+        self,
+        stream: Stream,
+        lane: Lane,
+        x: Tensor,
+        timeout: float | None,
+        settled: Callable[[Answer | None], None] = lambda answer: None,
+    ) -> _Flight:
+        """Submits a job; ``settled`` is called on the loop when it ends, with its answer if there is one."""
+        loop = asyncio.get_running_loop()
+        limit = self.settings.limits.queue_seconds
+        wait = limit if timeout is None else min(timeout, limit)
+
+        def finish(answer: Answer | None, error: Exception | None) -> None:
+            timer.cancel()
+            settled(answer)
+            if not flight.future.done():
+                if answer is not None:
+                    flight.future.set_result(answer)
+                elif flight.waiters:
+                    flight.future.set_exception(error or TtaError("no answer"))
+                else:
+                    flight.future.cancel()
+
+        def expire() -> None:
+            if self._runner.cancel(job):
+                finish(
+                    None, DeadlineExceeded(f"waited {wait:.3g} s in the queue without its turn coming; nothing adapted")
+                )
+
+        def abandon() -> None:
+            if self._runner.cancel(job):
+                finish(None, Cancelled("the client went away"))
+
+        job = Job(stream, _on(loop, finish), lane, x, deadline=time.monotonic() + wait)
+        flight = _Flight(loop.create_future(), abandon)
+        self._runner.submit(job)
+        timer = loop.call_later(wait, expire)
+        return flight
+
+    async def _wait(self, flight: _Flight) -> Answer:
+        """Waits for a flight; when its last waiter is cancelled before its turn came, it is taken back."""
+        flight.waiters += 1
+        try:
+            return await asyncio.shield(flight.future)
+        finally:
+            flight.waiters -= 1
+            if not flight.waiters and not flight.future.done():
+                flight.abandon()
+
+    async def _command(self, stream: Stream, command: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+
+        def finish(answer: Answer | None, error: Exception | None) -> None:
+            if not future.done():
+                future.set_result(None) if error is None else future.set_exception(error)
+
+        self._runner.submit(Job(stream, _on(loop, finish), command=command))
+        await future
+
+
+def check_input(model: SourceModel, x: Tensor, max_rows: int) -> None:
+    """Raises ``BadInput`` unless ``x`` is rows of the model's input shape, finite and in its value range."""
+    spec = model.settings.input
+    if tuple(x.shape[1:]) != spec.shape or x.dim() == 0:
+        raise BadInput(f"inputs must be [rows, {', '.join(map(str, spec.shape))}], got {list(x.shape)}")
+    if not 1 <= len(x) <= max_rows:
+        raise BadInput(f"a request holds 1 to {max_rows} rows (limits.rows_per_request), got {len(x)}")
+    low, high = (value.item() for value in torch.aminmax(x))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        row = int((~x.flatten(1).isfinite().all(1)).nonzero()[0])
+        raise BadInput(f"inputs must be finite, but row {row} holds NaN or infinity; the stream was left as it was")
+    if spec.range is not None:
+        slack = 1e-3 * (spec.range[1] - spec.range[0])
+        if low < spec.range[0] - slack or high > spec.range[1] + slack:
+            raise BadInput(
+                f"inputs must lie in [{spec.range[0]:g}, {spec.range[1]:g}] before normalisation, which the model does "
+                f"itself; got values from {low:g} to {high:g}"
+            )
+
+
+Done = Callable[[Answer | None, Exception | None], None]
+
+
+def _on(loop: asyncio.AbstractEventLoop, done: Done) -> Done:
+    """``done``, to be called from any thread, run on the loop."""
+
+    def call(answer: Answer | None, error: Exception | None) -> None:
+        loop.call_soon_threadsafe(done, answer, error)
+
+    return call
