@@ -14,7 +14,7 @@ from rich.text import Text
 
 import adapters
 from tta_server import __version__, app, check, logs
-from tta_server.errors import TtaError
+from tta_server.errors import ConfigError, TtaError
 from tta_server.policies import check_package_names, describe, load_plugins
 from tta_server.settings import Settings, load_settings
 
@@ -55,6 +55,60 @@ def check_config(config: Config) -> None:
 
 
 @cli.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the plot, the example request and the server's log.")] = Path(
+        "demo-out"
+    ),
+    batches: Annotated[int, typer.Option(help="Batches that every stream sends.")] = 60,
+    batch_size: Annotated[int, typer.Option(help="Digits in a batch.")] = 32,
+    interval: Annotated[float, typer.Option(help="Seconds between two batches of a stream; 0: no pause.")] = 0.4,
+    seed: Annotated[int, typer.Option(help="Of the digits' order and of random corruptions.")] = 0,
+) -> None:
+    """Starts a server and seven drifting client streams, and shows what adaptation does for each."""
+    try:
+        from tta_server.demo.run import DemoOptions, run_demo
+    except ImportError as error:
+        raise ConfigError(f"{error}; the demo needs more packages: pip install 'tta-server[demo]'") from error
+    run_demo(DemoOptions(out, batches, batch_size, interval, seed), Console())
+
+
+@cli.command()
+def evaluate(
+    config: Config,
+    data: Annotated[Path, typer.Option(help="Folder of domains: .npz files, or CIFAR-10-C's .npy files.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.json and errors.png.")],
+    policies: Annotated[str, typer.Option(help="Policies to run, separated by commas.")] = "source,norm,tent",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 200,
+    order: Annotated[str, typer.Option(help="domains, shuffled, sorted or dirichlet:X.")] = "domains",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many images of each domain.")] = None,
+    domains: Annotated[str, typer.Option(help="Domains in their order, separated by commas; default: all.")] = "",
+    seed: Annotated[int, typer.Option(help="Of the order and of the policies' random numbers.")] = 0,
+    severity: Annotated[int, typer.Option(min=1, max=5, help="Of CIFAR-10-C's .npy files.")] = 5,
+    model: Annotated[str | None, typer.Option(help="Which model, where the config has several.")] = None,
+    save_logits: Annotated[bool, typer.Option(help="Save the served scores of each policy.")] = False,
+) -> None:
+    """Runs policies over a folder of corrupted images, through the server's engine, and compares their errors."""
+    from tta_server.evaluate import EvaluateOptions, evaluate
+
+    check_package_names()
+    options = EvaluateOptions(
+        config,
+        data,
+        _names(policies),
+        batch_size,
+        order,
+        out,
+        limit,
+        _names(domains),
+        seed,
+        severity,
+        model,
+        save_logits,
+    )
+    evaluate(options, Console())
+
+
+@cli.command()
 def policies() -> None:
     """Lists the policies and their settings."""
     load_plugins()
@@ -72,6 +126,10 @@ def version() -> None:
     typer.echo(__version__)
 
 
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
+
+
 def _settings(config: Path, host: str | None = None, port: int | None = None) -> Settings:
     check_package_names()
     load_plugins()
@@ -85,5 +143,5 @@ def main() -> None:
     try:
         cli()
     except TtaError as error:
-        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)))
+        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(1)

@@ -27,8 +27,7 @@ from prometheus_client.registry import Collector
 from torch import Tensor
 
 from tta_server import __version__
-from tta_server.drift.monitor import AGREEMENT, DRIFT
-from tta_server.types import StepStats
+from tta_server.types import AGREEMENT, DRIFT, StepStats
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 RATIO = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -66,7 +65,7 @@ class PrometheusRecorder:
     def __init__(self, classes: dict[str, int], levels: Callable[[], Levels]) -> None:
         """``classes``: number of classes by model, for the scale of entropy; ``levels`` is called at every scrape."""
         self._log_classes = {model: math.log(count) for model, count in classes.items()}
-        disable_created_metrics()  # one more series for every one, which nothing here reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for every one, which nothing here reads
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
 
 from tta_server.errors import ConfigError
 
@@ -46,6 +47,11 @@ class InputSettings(_Settings):
         if self.range is not None and self.range[0] >= self.range[1]:
             raise ValueError(f"range must run from low to high, got {list(self.range)}")
         return self
+
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        """8-bit ``pixels`` of any shape, spread over ``range`` as float32."""
+        low, high = self.range or (0.0, 1.0)
+        return low + (high - low) * (pixels.float() / 255)
 
 
 class ModelSettings(_Settings):

@@ -13,6 +13,11 @@ from adapters import Policy
 
 _job_numbers = itertools.count(1)
 
+DRIFT = "bn_distance"
+"""Signal: distance of a request's batch-norm statistics to the source's, see ``engine/norm.py``."""
+AGREEMENT = "agreement"
+"""Signal: share of a request's rows whose served class is the source model's."""
+
 
 class Lane(NamedTuple):
     """One source under one policy setting: the unit inside which streams can share a batch."""
@@ -26,8 +31,9 @@ class Stream:
     """One client's ordered sequence of requests.
 
     Compared by identity: a stream that was deleted and one later opened under the same ``id`` are two. The service
-    changes ``adapt`` and ``last_seen``; ``version`` (number of committed steps since the start or the last reset) and
-    ``requests`` (answered so far) are changed by the device thread alone.
+    changes ``adapt`` and ``last_seen``; ``version`` (number of committed steps since the start or the last reset),
+    ``requests`` (answered so far) and ``adapted`` (how many of these by its policy, not the plain source model) are
+    changed by the device thread alone.
     """
 
     id: str
@@ -40,6 +46,7 @@ class Stream:
     last_seen: float = 0.0
     version: int = 0
     requests: int = 0
+    adapted: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,6 @@ from collections.abc import Mapping
 
 from tta_server.types import Stream
 
-DRIFT = "bn_distance"
-AGREEMENT = "agreement"
-
 
 class Monitor:
     """The signals of all streams. Written by the device thread; reads from elsewhere see whole values."""

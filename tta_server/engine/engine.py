@@ -10,21 +10,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from adapters import losses, rng
-from adapters.base import Batch, Output, Policy, Scope, Segments, State, Step
-from tta_server.drift.monitor import AGREEMENT, DRIFT, Monitor
+from adapters.base import Batch, Forward, Output, Policy, Scope, Segments, State, Step
+from tta_server.drift.monitor import Monitor
 from tta_server.engine.norm import Pass
 from tta_server.engine.source import SourceModel
 from tta_server.errors import StepFailed
 from tta_server.state.store import Lease, StateStore
-from tta_server.types import Answer, Job, JobStats, Lane, Plan, StepStats, Stream
+from tta_server.types import AGREEMENT, DRIFT, Answer, Job, JobStats, Lane, Plan, StepStats, Stream
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +32,16 @@ AnswerJob = Callable[[Job, Answer | StepFailed], None]
 
 @dataclass(frozen=True)
 class _Served:
-    """What the first half of a step left: the answered rows."""
+    """What the first half of a step left: the answered rows, and which jobs' are compared with the source."""
 
     segments: Segments
     x: Tensor
     logits: Tensor
     entropy: Tensor
     confidence: Tensor
+    sampled: list[int]
+    distances: list[Tensor]
+    """Where the source model answered: by layer, each job's distance to the source's statistics, ``[S]``."""
 
 
 class Engine:
@@ -98,8 +100,18 @@ class Engine:
                     self.store.add_lane(lane, initial_state(lane.policy, model))
                 if self.store.has_state(lane):
                     lease, state = self.store.lease(lane, [job.stream for job in jobs])
-                running = lane.policy.step(model.source, state, self._batch(model, lane.policy, jobs, segments, x))
-                served = _serve(segments, x, next(running))
+                sampled = self._sample(lane, jobs)
+                distances: list[Tensor] = []
+
+                def forward(weights: Mapping[str, Tensor], x: Tensor) -> Output:
+                    watch = bool(sampled) and lane.policy.scope is Scope.NONE
+                    now = Pass(segments, weights, lane.policy.norm, observe=watch, distances=distances)
+                    return model.network.run(now, x)
+
+                running = lane.policy.step(model.source, state, _batch(jobs, segments, x, forward))
+                scores = next(running).detach().to("cpu", torch.promote_types(model.network.dtype, torch.float32))
+                entropy, confidence = losses.entropy(scores), scores.softmax(1).amax(1)
+                served = _Served(segments, x, scores, entropy, confidence, sampled, distances)
             except Exception as error:
                 raise _Unanswered from error
             forward_seconds = time.monotonic() - started
@@ -110,23 +122,19 @@ class Engine:
         finally:
             if lease is not None:
                 self.store.release(lease)
-        shadow_seconds = self._shadow(model, lane, jobs, served, signals)
+        shadow_seconds = self._measure(model, lane, jobs, served, signals)
         stats = []
         for job, rows, entropy, confidence, result, own in zip(
             jobs, segments.sizes, served.entropy.split(segments.sizes), served.confidence.split(segments.sizes),
             results, signals, strict=True,
         ):  # fmt: skip
             job.stream.requests += 1
+            job.stream.adapted += lane.policy.scope is not Scope.NONE
             own |= {"entropy": entropy.mean().item(), "confidence": confidence.mean().item()}
             if job.stream.id:
                 self.monitor.update(job.stream, {name: value for name, value in own.items() if math.isfinite(value)})
             stats.append(JobStats(job.stream, rows, started - job.arrived, entropy, confidence, result, own))
         return StepStats(lane, stats, forward_seconds, adapt_seconds, shadow_seconds)
-
-    def _batch(self, model: SourceModel, policy: Policy, jobs: list[Job], segments: Segments, x: Tensor) -> Batch:
-        keys = torch.tensor([job.stream.random_key for job in jobs], device=x.device)
-        steps = torch.tensor([job.stream.version for job in jobs], device=x.device)
-        return Batch(x, segments, partial(_forward, model, segments, policy), rng.Uniform(keys, steps, x.dtype))
 
     def _answer(
         self, lane: Lane, jobs: list[Job], served: _Served, started: float, seconds: float, answer: AnswerJob
@@ -166,7 +174,7 @@ class Engine:
             step = _finish(running)
             kept = [False] * len(jobs)
             if lease is not None:
-                kept = self.store.commit(lease, step.state)
+                kept = self.store.commit(lease, step.state, finite)
         except Exception:  # the answers have left; nothing was committed, the streams stay as they were
             log.exception("adaptation failed", extra={"streams": [job.stream.id for job in jobs]})
             return ["failed"] * len(jobs), signals
@@ -177,35 +185,46 @@ class Engine:
             return ["none" if one else "rejected_nonfinite" for one in finite], signals
         return ["applied" if keep else "rejected_nonfinite" for keep in kept], signals
 
-    def _shadow(
+    def _measure(
         self, model: SourceModel, lane: Lane, jobs: list[Job], served: _Served, signals: list[dict[str, float]]
     ) -> float:
-        """Runs a share of each adapting stream's requests through the source model; returns the seconds it took.
+        """Compares a share of each stream's requests with the source model; returns the seconds it took.
 
-        Adds ``bn_distance`` (see ``drift/monitor.py``) and ``agreement``, the share of rows whose served and source
-        classes agree.
+        Adds ``bn_distance`` (see ``norm.py``) and, where a policy answered, ``agreement``: the share of rows whose
+        served class is the source model's. Where the source model answered, its own pass was watched; else it runs now.
         """
-        if lane.policy.scope is Scope.NONE:
-            return 0.0
-        chosen = [index for index, job in enumerate(jobs) if _is_sampled(job.stream.requests, self._shadow_ratio)]
-        if not chosen:
+        if not served.sampled:
             return 0.0
         started = time.monotonic()
         try:
+            if lane.policy.scope is Scope.NONE:
+                _add(signals, range(len(jobs)), DRIFT, served.distances)
+                return 0.0
             x_parts, served_parts = served.x.split(served.segments.sizes), served.logits.split(served.segments.sizes)
-            segments = Segments([served.segments.sizes[index] for index in chosen], served.x.device)
-            observed = Pass(segments, observe=True)
+            segments = Segments([served.segments.sizes[index] for index in served.sampled], served.x.device)
+            watched = Pass(segments, observe=True)
             with torch.no_grad():
-                source = model.network.run(observed, torch.cat([x_parts[index] for index in chosen])).logits.cpu()
-            distance = torch.stack(observed.distances).mean(0).tolist() if observed.distances else None
-            for place, (index, logits) in enumerate(zip(chosen, source.split(segments.sizes), strict=True)):
+                source = model.network.run(
+                    watched, torch.cat([x_parts[index] for index in served.sampled])
+                ).logits.cpu()
+            _add(signals, served.sampled, DRIFT, watched.distances)
+            for index, logits in zip(served.sampled, source.split(segments.sizes), strict=True):
                 same = served_parts[index].argmax(1) == logits.argmax(1)
                 signals[index][AGREEMENT] = same.double().mean().item()
-                if distance is not None:
-                    signals[index][DRIFT] = distance[place]
         except Exception:  # measuring must not undo a step that is answered and committed
-            log.exception("source shadow failed", extra={"streams": [jobs[index].stream.id for index in chosen]})
+            log.exception("source shadow failed", extra={"streams": [jobs[one].stream.id for one in served.sampled]})
         return time.monotonic() - started
+
+    def _sample(self, lane: Lane, jobs: list[Job]) -> list[int]:
+        """Which jobs' requests are compared with the source: an even share of each named stream's, by who answers."""
+        plain = lane.policy.scope is Scope.NONE
+        chosen = []
+        for index, job in enumerate(jobs):
+            stream = job.stream
+            past = stream.requests - stream.adapted if plain else stream.adapted
+            if stream.id and math.ceil((past + 1) * self._shadow_ratio) > math.ceil(past * self._shadow_ratio):
+                chosen.append(index)
+        return chosen
 
 
 def initial_state(policy: Policy, model: SourceModel) -> State:
@@ -220,19 +239,21 @@ def initial_state(policy: Policy, model: SourceModel) -> State:
     return policy.init(model.source)
 
 
+def _batch(jobs: list[Job], segments: Segments, x: Tensor, forward: Forward) -> Batch:
+    keys = torch.tensor([job.stream.random_key for job in jobs], device=x.device)
+    steps = torch.tensor([job.stream.version for job in jobs], device=x.device)
+    return Batch(x, segments, forward, rng.Uniform(keys, steps, x.dtype))
+
+
 class _Unanswered(Exception):
     """A step that failed before any of its answers left; the reason is its cause."""
 
 
-def _forward(
-    model: SourceModel, segments: Segments, policy: Policy, weights: Mapping[str, Tensor], x: Tensor
-) -> Output:
-    return model.network.run(Pass(segments, weights, policy.norm), x)
-
-
-def _serve(segments: Segments, x: Tensor, logits: Tensor) -> _Served:
-    scores = logits.detach().to("cpu", torch.promote_types(logits.dtype, torch.float32))
-    return _Served(segments, x, scores, losses.entropy(scores), scores.softmax(1).amax(1))
+def _add(signals: list[dict[str, float]], jobs: Iterable[int], name: str, layers: list[Tensor]) -> None:
+    """Adds a signal, the mean over ``layers`` of ``[jobs]`` each, to these jobs' signals; without layers none."""
+    if layers:
+        for job, value in zip(jobs, torch.stack(layers).mean(0).tolist(), strict=True):
+            signals[job][name] = value
 
 
 def _finish(running: Generator[Tensor, None, Step]) -> Step:
@@ -242,8 +263,3 @@ def _finish(running: Generator[Tensor, None, Step]) -> Step:
         step: Step = end.value
         return step
     raise RuntimeError("the policy yielded a second time; a step yields its logits once")
-
-
-def _is_sampled(request: int, ratio: float) -> bool:
-    """Whether the stream's ``request``-th request (from 0) is among the evenly spread ``ratio`` of them."""
-    return math.ceil((request + 1) * ratio) > math.ceil(request * ratio)

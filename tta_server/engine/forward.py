@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adapters.base import Output, Segments
 from tta_server.engine.norm import Conduit, Pass, replace_norms
+from tta_server.engine.stable import stabilise
 from tta_server.errors import ConfigError
 from tta_server.settings import InputSettings
 
@@ -30,6 +31,7 @@ class StreamwiseNetwork:
         self._network = network.eval().requires_grad_(False)
         self._conduit = Conduit()
         self.norm_layers = replace_norms(self._network, self._conduit)
+        stabilise(self._network)
         self._network.to(device)
         self._features: Tensor | None = None
         self._network.get_submodule(head).register_forward_pre_hook(self._catch_features)

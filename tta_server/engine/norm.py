@@ -174,13 +174,14 @@ def replace_norms(model: nn.Module, conduit: Conduit) -> list[str]:
 
 
 class _Moments(NamedTuple):
-    """``centred [N, channels, L]`` and ``row_mean [N, channels]`` with ``x = centred + row_mean``; ``mean`` and biased
-    ``var`` per stream, ``[S, channels]``."""
+    """``x = centred + row_mean``, ``centred [N, channels, L]`` and ``row_mean [N, channels]``; ``mean`` and biased
+    ``var`` per stream, ``[S, channels]``; ``shift = row_mean - mean`` of the row's stream, ``[N, channels]``."""
 
     centred: Tensor
     row_mean: Tensor
     mean: Tensor
     var: Tensor
+    shift: Tensor
 
 
 def _moments(rows: Tensor, segments: Segments) -> _Moments:
@@ -188,12 +189,14 @@ def _moments(rows: Tensor, segments: Segments) -> _Moments:
 
     No difference of large squares anywhere, so float32 suffices.
     """
+    positions = rows.shape[2]
     row_mean = rows.mean(2)
     centred = rows - row_mean.unsqueeze(2)
-    row_var = torch.linalg.vector_norm(centred, dim=2).square_().div_(rows.shape[2])
+    squares = torch.linalg.vector_norm(centred, dim=2).square_()
     mean = segments.mean(row_mean)
-    var = segments.mean(row_var.add_((row_mean - segments.spread(mean)).square_()))
-    return _Moments(centred, row_mean, mean, var)
+    shift = row_mean - segments.spread(mean)
+    var = segments.mean(squares.addcmul_(shift, shift, value=positions)).div_(positions)
+    return _Moments(centred, row_mean, mean, var, shift)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -207,7 +210,7 @@ def _distance(x: Tensor, segments: Segments, source_mean: Tensor, source_var: Te
     ``mean_c [(m - M)^2 + (sqrt v - sqrt V)^2] / V``, dimensionless.
     """
     with torch.no_grad():
-        _, _, mean, var = _moments(_flat(x), segments)
+        _, _, mean, var, _ = _moments(_flat(x), segments)
         squared = (mean - source_mean).square() + (var.sqrt() - source_var.sqrt()).square()
         return (squared / source_var.clamp_min(torch.finfo(x.dtype).tiny)).mean(1)
 
@@ -235,33 +238,38 @@ class _SegmentBatchNorm(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = _flat(x)
-        mean, var, shift = reference_mean, reference_var, -reference_mean
-        batch_shift = weight = values = None
-        if norm.weight > 0:
-            rows, row_mean, batch_mean, batch_var = _moments(rows, segments)
-            values = segments.counts.to(x.dtype).unsqueeze(1) * rows.shape[2]
-            # One value per channel has no variance: such streams keep the reference.
-            weight = (values > 1).to(x.dtype) * norm.weight
-            if norm != BATCH_NORM:
-                batch_var = batch_var * (values / (values - 1).clamp_min(1))
-            mean, var = torch.lerp(mean, batch_mean, weight), torch.lerp(var, batch_var, weight)
-            shift, batch_shift = row_mean - segments.spread(mean), row_mean - segments.spread(batch_mean)
-        r = (var + eps).rsqrt()
+        positions = rows.shape[2]
+        mean, var = reference_mean, reference_var
+        batch_shift = weight = None
+        if norm.weight == 0:
+            shift = -_per_row(mean, segments)
+        else:
+            rows, row_mean, batch_mean, batch_var, batch_shift = _moments(rows, segments)
+            if norm == BATCH_NORM and min(segments.sizes) * positions > 1:
+                mean, var, shift = batch_mean, batch_var, batch_shift
+            else:
+                values = segments.rows_per_stream(x.dtype) * positions
+                # One value per channel has no variance: such streams keep the reference.
+                weight = (values > 1).to(x.dtype) * norm.weight
+                if norm != BATCH_NORM:
+                    batch_var = batch_var * (values / (values - 1).clamp_min(1))
+                mean, var = torch.lerp(mean, batch_mean, weight), torch.lerp(var, batch_var, weight)
+                shift = row_mean - segments.spread(mean)
+        r = (var + eps).rsqrt_()
         a = gamma * r
         row_a = _per_row(a, segments)
         y = rows * row_a.unsqueeze(2)
         y += torch.addcmul(_per_row(beta, segments), row_a, shift).unsqueeze(2)
-        # With x_row = rows + its row mean: x - mu = rows + shift and x - m = rows + batch_shift.
-        ctx.save_for_backward(rows, shift, batch_shift, r, a, row_a, weight, values)
-        ctx.segments, ctx.bessel = segments, norm != BATCH_NORM
-        ctx.own_affine = len(gamma) == segments.streams
+        # Now x - mu = rows + shift, and x - m = rows + batch_shift.
+        ctx.save_for_backward(rows, shift, batch_shift, r, a, row_a, weight)
+        ctx.segments, ctx.norm, ctx.own_affine = segments, norm, len(gamma) == segments.streams
         ctx.mark_non_differentiable(mean, var)
         return y.view_as(x), mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        rows, shift, batch_shift, r, a, row_a, weight, values = ctx.saved_tensors
+        rows, shift, batch_shift, r, a, row_a, weight = ctx.saved_tensors
         segments = ctx.segments
         g = _flat(g_y)
         row_g = g.sum(2)
@@ -270,11 +278,14 @@ class _SegmentBatchNorm(torch.autograd.Function):
         g_x = None
         if ctx.needs_input_grad[0]:
             g_x = g * row_a.unsqueeze(2)
-            if weight is not None:
-                freedom = (values - 1).clamp_min(1) if ctx.bessel else values
-                slope = -weight * a * r.square() * gx_sum / freedom
+            if batch_shift is not None:
+                values = segments.rows_per_stream(g.dtype) * rows.shape[2]
+                through = -a / values if weight is None else -a / values * weight
+                slope = through * r.square() * gx_sum
+                if ctx.norm != BATCH_NORM:
+                    slope *= values / (values - 1).clamp_min(1)
                 row_slope = segments.spread(slope)
-                offset = torch.addcmul(segments.spread(-weight * a * g_sum / values), row_slope, batch_shift)
+                offset = torch.addcmul(segments.spread(through * g_sum), row_slope, batch_shift)
                 g_x.addcmul_(rows, row_slope.unsqueeze(2)).add_(offset.unsqueeze(2))
             g_x = g_x.view_as(g_y)
         g_gamma, g_beta = r * gx_sum, g_sum

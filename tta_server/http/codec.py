@@ -15,9 +15,10 @@ import orjson
 import torch
 from fastapi import Request
 from PIL import Image, UnidentifiedImageError
+from starlette.requests import ClientDisconnect
 from torch import Tensor
 
-from tta_server.errors import BadInput, TooLarge
+from tta_server.errors import BadInput, Cancelled, TooLarge
 from tta_server.settings import InputSettings
 
 IMAGES = (b"\x89PNG", b"\xff\xd8\xff")
@@ -30,11 +31,14 @@ async def read_body(request: Request, limit: int) -> bytes:
     if declared.isdigit() and int(declared) > limit:
         raise TooLarge(f"the body is {declared} bytes; the limit is limits.body_bytes = {limit}")
     chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise TooLarge(f"the body is over the limit, limits.body_bytes = {limit}")
-        chunks.append(chunk)
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise TooLarge(f"the body is over the limit, limits.body_bytes = {limit}")
+            chunks.append(chunk)
+    except ClientDisconnect as error:
+        raise Cancelled("the client went away while sending") from error
     return b"".join(chunks)
 
 
@@ -137,8 +141,6 @@ def _image(body: bytes, spec: InputSettings) -> np.ndarray[Any, Any]:
 
 
 def _to_range(values: np.ndarray[Any, Any], spec: InputSettings) -> Tensor:
-    if values.dtype == np.uint8:
-        low, high = spec.range or (0.0, 1.0)
-        return torch.from_numpy(values.astype(np.float32) * np.float32((high - low) / 255) + np.float32(low))
     # The array may be a view of the request's bytes, which torch must not be given to write to.
-    return torch.from_numpy(values if values.flags.writeable else values.copy())
+    rows = torch.from_numpy(values if values.flags.writeable else values.copy())
+    return spec.from_pixels(rows) if rows.dtype == torch.uint8 else rows

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 
 import adapters
-from tta_server.drift.monitor import DRIFT
 from tta_server.engine.report import policy_report
 from tta_server.http.codec import decode_inputs, parse_json, read_body
 from tta_server.http.schemas import (
@@ -22,7 +21,7 @@ from tta_server.http.schemas import (
 from tta_server.http.wire import PROBLEMS, decode, json_body, json_response, unless_gone
 from tta_server.policies import describe
 from tta_server.service import Service
-from tta_server.types import Stream
+from tta_server.types import DRIFT, Stream
 
 _PREDICT_BODY = {
     "requestBody": {

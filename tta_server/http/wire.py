@@ -24,7 +24,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Problem}, "5XX": {
 
 def json_response(content: Any, status: int = 200) -> Response:
     """``content`` as JSON; numpy arrays become lists, NaN becomes null."""
-    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
     return Response(body, status, media_type="application/json")
 
 

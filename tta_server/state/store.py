@@ -76,15 +76,15 @@ class StateStore:
             raise
         return Lease(lane, list(streams), slots), states.layout.unpack(states.pool.gather(slots))
 
-    def commit(self, lease: Lease, new: State) -> list[bool]:
-        """Keeps the new states ``[S, ...]`` that are finite throughout, each with its version one higher.
+    def commit(self, lease: Lease, new: State, allowed: Sequence[bool]) -> list[bool]:
+        """Keeps the new states ``[S, ...]`` that are ``allowed`` and finite throughout, each as the next version.
 
         The others stay as they were, bit for bit. Returns who was kept. Raises ``ValueError`` for a state of another
         layout, with nothing changed.
         """
         states = self._lanes[lease.lane]
         packed = states.layout.pack(new)
-        sound = torch.ones(len(lease.streams), dtype=torch.bool, device=self._device)
+        sound = torch.tensor(allowed, device=self._device)
         for rows in packed.values():
             if rows.dtype.is_floating_point:
                 sound &= rows.isfinite().all(1)
