@@ -82,8 +82,8 @@ class Segments:
 
     def mean(self, rows: Tensor) -> Tensor:
         """Average ``rows [N, ...]`` within each stream -> ``[S, ...]``. Differentiable."""
-        total = self.sum(rows)
-        return total / self.rows_per_stream(total.dtype).view(-1, *[1] * (total.dim() - 1))
+        total, counts = self.sum(rows), self.rows_per_stream(rows.dtype)
+        return total / (counts if total.dim() == 2 else counts.view(-1, *[1] * (total.dim() - 1)))
 
     def spread(self, streams: Tensor) -> Tensor:
         """Give every row its stream's value: ``[S, ...] -> [N, ...]``. Differentiable."""

@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import safetensors.torch
+import example
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -34,29 +33,17 @@ from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine
 from tta_server.engine.source import SourceModel, load_model
 from tta_server.scheduler import Bounds, Scheduler
-from tta_server.settings import InputSettings, LimitSettings, ModelSettings, Settings
+from tta_server.settings import LimitSettings, load_settings
 from tta_server.state.store import StateStore
 from tta_server.types import Answer, Job, Lane, Stream
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "cifar10c"
 LEARNING_RATE = 1e-3
 
 
-def example_model(device: torch.device) -> tuple[SourceModel, nn.Module]:
-    """The example's network, once as the engine loads it and once as plain PyTorch, with the same random weights."""
-    sys.path.insert(0, str(EXAMPLE))
-    from resnet_cifar import resnet20
-
-    torch.manual_seed(0)
-    network = resnet20()
+def example_model(device: torch.device) -> SourceModel:
+    """The example's network as the engine loads it."""
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "weights.safetensors"
-        safetensors.torch.save_file(network.state_dict(), weights)
-        spec = ModelSettings(
-            factory="resnet_cifar:resnet20", weights=str(weights), input=InputSettings(shape=(3, 32, 32))
-        )
-        model = load_model("resnet20", Settings(models={"resnet20": spec}, folder=EXAMPLE), device)
-    return model, network.to(device)
+        return load_model("resnet20", load_settings(example.write_config(Path(folder))), device)
 
 
 def engine_variant(model: SourceModel, policy: Policy, streams: int, shadow: float) -> Callable[[list[Tensor]], None]:
@@ -88,7 +75,7 @@ def plain_variant(network: nn.Module, streams: int) -> Callable[[list[Tensor]], 
     models, optimisers = [], []
     for _ in range(streams):
         model = copy.deepcopy(network).train().requires_grad_(False)
-        adapted: list[nn.Parameter] = []
+        adapted: list[Tensor] = []
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.track_running_stats, module.running_mean, module.running_var = False, None, None
@@ -125,12 +112,19 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, network = example_model(device)
+    model, network = example_model(device), example.network().to(device)
     tent = Tent(lr=LEARNING_RATE)
     table = Table(title=f"ResNet-20, TENT with Adam, {device.type}, {options.threads} threads, {options.rounds} rounds")
     for column in (
-        "streams", "rows", "forward ms", "TENT ms", "TENT / forward", "plain TENT ms", "TENT / plain", "with shadow / plain",
-    ):  # fmt: skip
+        "streams",
+        "rows",
+        "forward ms",
+        "TENT ms",
+        "TENT / forward",
+        "plain TENT ms",
+        "TENT / plain",
+        "with shadow / plain",
+    ):
         table.add_column(column, justify="right")
     speedups: dict[int, list[tuple[int, float]]] = {}
     cases = [(streams, rows) for streams in (1, 32) for rows in (1, 8, 64, 200)]
@@ -148,7 +142,9 @@ def main() -> None:
         # The shadow runs on every fourth request: whole periods only.
         times = [
             {
-                name: statistics.fmean(seconds(run, batches) for _ in range(4 if name == "shadow" and rows < 200 else 1))
+                name: statistics.fmean(
+                    seconds(run, batches) for _ in range(4 if name == "shadow" and rows < 200 else 1)
+                )
                 for name, run in variants.items()
             }
             for _ in range(rounds)

@@ -14,7 +14,7 @@ with reference statistics ``M, V``, the stream's batch mean and biased variance 
 and ``k = n / (n - 1)`` for mixtures, 1 for a pure batch. With ``G = sum g`` and ``X = sum g (x - mu)`` per stream and
 channel, where ``g`` is the gradient of the loss with respect to ``y``,
 
-    d beta = G,   d gamma = r X,   d x = a g - w a G / n - w k a r^2 X (x - m) / n.
+    d beta = G,   d gamma = r X,   d x = a g - (w a / n) G - (w a / n) k r (d gamma) (x - m).
 """
 
 from __future__ import annotations
@@ -273,22 +273,21 @@ class _SegmentBatchNorm(torch.autograd.Function):
         segments = ctx.segments
         g = _flat(g_y)
         row_g = g.sum(2)
-        g_sum = segments.sum(row_g)
-        gx_sum = segments.sum((g * rows).sum(2).addcmul_(row_g, shift))
+        g_beta = segments.sum(row_g)
+        g_gamma = segments.sum((g * rows).sum(2).addcmul_(row_g, shift)).mul_(r)
         g_x = None
         if ctx.needs_input_grad[0]:
             g_x = g * row_a.unsqueeze(2)
             if batch_shift is not None:
                 values = segments.rows_per_stream(g.dtype) * rows.shape[2]
-                through = -a / values if weight is None else -a / values * weight
-                slope = through * r.square() * gx_sum
+                through = a / -values if weight is None else a / -values * weight
+                slope = through * r * g_gamma
                 if ctx.norm != BATCH_NORM:
                     slope *= values / (values - 1).clamp_min(1)
                 row_slope = segments.spread(slope)
-                offset = torch.addcmul(segments.spread(through * g_sum), row_slope, batch_shift)
+                offset = torch.addcmul(segments.spread(through * g_beta), row_slope, batch_shift)
                 g_x.addcmul_(rows, row_slope.unsqueeze(2)).add_(offset.unsqueeze(2))
             g_x = g_x.view_as(g_y)
-        g_gamma, g_beta = r * gx_sum, g_sum
         if not ctx.own_affine:
             g_gamma, g_beta = g_gamma.sum(0, keepdim=True), g_beta.sum(0, keepdim=True)
         return g_x, g_gamma, g_beta, None, None, None, None, None

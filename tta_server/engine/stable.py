@@ -20,11 +20,13 @@ from torch import Tensor, nn
 _STABLE_ROWS: dict[type[nn.Module], int] = {
     # Matrix products: below 12 rows, multiples of 4 agree with larger ones.
     nn.Linear: 16,
-    # Convolutions: 1 row takes another kernel, and so can 3 with two threads.
+    # Convolutions: 1 small row takes torch's plain kernel instead of oneDNN's, and 3 can differ with two threads.
     nn.Conv1d: 2,
     nn.Conv2d: 2,
     nn.Conv3d: 2,
 }
+_SMALL = 20480
+"""Values in a row up to which torch prefers its plain convolution for a single row."""
 
 
 def stabilise(network: nn.Module) -> None:
@@ -37,9 +39,18 @@ def stabilise(network: nn.Module) -> None:
 
 def _padded(forward: Any, module: nn.Module, least: int, x: Tensor) -> Tensor:
     n = len(x)
-    rows = least if n < least else n + n % 2 if n < 4 else n
-    if x.is_cuda or rows == n or (least > 2 and x.dim() > 2):
+    rows = _rows(least, n, x)
+    if rows == n:
         y: Tensor = forward(module, x)
         return y
     padded: Tensor = forward(module, F.pad(x, (*[0] * (2 * (x.dim() - 1)), 0, rows - n)))
     return padded[:n]
+
+
+def _rows(least: int, n: int, x: Tensor) -> int:
+    """With how many rows to run ``x [n, ...]``."""
+    if x.is_cuda or n > 16:
+        return n
+    if least == _STABLE_ROWS[nn.Linear]:
+        return max(n, least) if x.dim() == 2 else n
+    return n + n % 2 if n < 4 and x[0].numel() <= _SMALL else n

@@ -40,7 +40,7 @@ class Layout:
         if known != given:
             raise ValueError(f"state keys changed: {sorted(key for _, key in known ^ given)} are not in both")
         return {
-            dtype: torch.cat([self._row(state, dtype, *field) for field in fields], dim=1)
+            dtype: torch.cat([self._row(state, dtype, *field) for field in fields], dim=1).detach()
             for dtype, fields in self._fields.items()
         }
 
@@ -55,8 +55,8 @@ class Layout:
 
     @staticmethod
     def _row(state: State, dtype: torch.dtype, is_weight: bool, key: str, shape: tuple[int, ...], size: int) -> Tensor:
-        value = (state.weights if is_weight else state.memory)[key].detach()
-        if value.dtype != dtype or tuple(value.shape[1:]) != shape:
+        value = (state.weights if is_weight else state.memory)[key]
+        if value.dtype != dtype or value.shape[1:] != shape:
             raise ValueError(
                 f"state tensor {key} changed: {dtype} {list(shape)} became {value.dtype} {list(value.shape[1:])}"
             )
