@@ -15,6 +15,8 @@ from torch import Tensor
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
+_BITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+"""Random bits that each type holds exactly, so that no draw is rounded up to 1."""
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -60,6 +62,6 @@ class Uniform:
             (self._keys & _MASK, self._keys >> 32),
         )
         self._draws += 1
-        mantissa = 24 if self._dtype == torch.float32 else 32
+        mantissa = _BITS.get(self._dtype, 32)
         drawn = torch.stack(words, -1).flatten(1)[:, :size] >> (32 - mantissa)
         return (drawn.to(self._dtype) * 2.0**-mantissa).view(-1, *shape)

@@ -1,10 +1,16 @@
-"""The model that the benchmarks run: the example's ResNet-20 with random weights, as speed and memory do not mind."""
+"""What the benchmarks share: a ResNet-20 with random weights, as speed and memory do not mind, and a real server."""
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import safetensors.torch
 import torch
 import yaml
@@ -35,3 +41,30 @@ def write_config(folder: Path) -> Path:
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump({"models": {"resnet20": model}}), encoding="utf-8")
     return config
+
+
+@contextlib.contextmanager
+def running(config: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A real server for ``config`` on a free loopback port: its URL and process. Ends with the context."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "tta_server", "serve", str(config), "--port", str(port)]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not _is_ready(url):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the server did not become ready; try: {' '.join(command)}")
+            time.sleep(0.1)
+        yield url, server
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/v2/health/ready").status_code == 200
+    except httpx.TransportError:
+        return False

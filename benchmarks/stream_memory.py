@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import example
@@ -32,26 +28,12 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=5000)
     parser.add_argument("--out", type=Path, default=None, help="where to save a plot")
     options = parser.parse_args()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "tta_server",
-            "serve",
-            str(example.write_config(Path(folder))),
-            "--port",
-            str(port),
-        ]
-        server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-                _wait_until_ready(client, server)
-                come_and_go, stay, metrics = measure(client, psutil.Process(server.pid), options.streams)
-        finally:
-            server.terminate()
-            server.wait()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        example.running(example.write_config(Path(folder))) as (url, server),
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        come_and_go, stay, metrics = measure(client, psutil.Process(server.pid), options.streams)
     report(come_and_go, stay, metrics, options.streams)
     if options.out is not None:
         plot(come_and_go, stay, options.out)
@@ -117,17 +99,6 @@ def plot(come_and_go: Readings, stay: Readings, path: Path) -> None:
     axes.set(xlabel="streams so far", ylabel="server's resident memory, MB", ylim=(0, None))
     axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def _wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            if client.get("/v2/health/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)
-    raise SystemExit("the server did not become ready")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine
 from tta_server.engine.source import SourceModel, choose_device, load_model
 from tta_server.http import problems, v1, v2
+from tta_server.http.schemas import REQUESTS
 from tta_server.metrics import PrometheusRecorder, Recorder
 from tta_server.policies import make_policy
 from tta_server.runner import Runner
@@ -110,7 +111,7 @@ class _Measured:
 
 
 def _correct_openapi(app: FastAPI) -> None:
-    """Takes the framework's 422 out of the document: this server answers 400, in its own shape."""
+    """Mends the framework's document: no 422 (this server answers 400, in its own shape), and the bodies it misses."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -118,8 +119,12 @@ def _correct_openapi(app: FastAPI) -> None:
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+        components = document["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
-            document["components"]["schemas"].pop(name, None)
+            components.pop(name, None)
+        for request in REQUESTS:
+            schema = request.model_json_schema(ref_template="#/components/schemas/{model}")
+            components |= schema.pop("$defs", {}) | {request.__name__: schema}
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # the framework's documented way to change the document

@@ -23,6 +23,8 @@ def print_report(models: Mapping[str, SourceModel], console: Console) -> None:
         console.print(f"  classes        {len(model.classes)}")
         console.print(f"  head           {model.head}, of {model.source.feature_dim} features")
         console.print(f"  norm layers    {layers}")
+        same = "bit for bit" if model.row_gap == 0 else f"within {model.row_gap:.1e}"
+        console.print(f"  isolation      a row scores the same alone and in a batch, {same}")
         console.print(f"  adaptable      {len(model.source.affine)} tensors, {model.adaptable_values:,} values")
         for name in model.left_alone:
             console.print(f"  [yellow]left alone[/yellow]     {name}: not a norm layer type of torch itself")

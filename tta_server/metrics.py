@@ -1,7 +1,7 @@
 """Counts and distributions for Prometheus. Nothing else in the project knows the metrics library.
 
 Label values are bounded: models, policies, routes and results, never a stream. Every metric's help text says what it is
-and in which unit; ``docs/metrics.md`` lists them.
+and in which unit.
 """
 
 from __future__ import annotations

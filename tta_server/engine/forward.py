@@ -8,6 +8,7 @@ sizes is one pass.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,17 @@ class StreamwiseNetwork:
         self._features = inputs[0]
 
 
-def probe(network: StreamwiseNetwork, spec: InputSettings) -> tuple[int, int]:
-    """Checks that the network is one we can serve, by running it; returns (classes, feature dimensions).
+class Probed(NamedTuple):
+    """What a run of the network showed."""
+
+    classes: int
+    features: int
+    row_gap: float
+    """Largest difference between rows' scores in a batch and alone: 0, or rounding."""
+
+
+def probe(network: StreamwiseNetwork, spec: InputSettings) -> Probed:
+    """Checks that the network is one we can serve, by running it.
 
     Three different rows together and one by one must score alike: a layer that mixes rows would let streams leak into
     one another. Raises ``ConfigError``.
@@ -85,4 +95,4 @@ def probe(network: StreamwiseNetwork, spec: InputSettings) -> tuple[int, int]:
             f"rows influence one another in this model (scores differ by {gap:.3g} between a batch and single rows), "
             "so streams cannot share it; does a layer other than the known norm layers use batch statistics?"
         )
-    return together.logits.shape[1], together.features.shape[1]
+    return Probed(together.logits.shape[1], together.features.shape[1], gap)

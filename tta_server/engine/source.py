@@ -42,6 +42,8 @@ class SourceModel:
     """Adaptable norm layers by type."""
     left_alone: tuple[str, ...]
     """Layers named like norm layers but of a type we do not know; they stay as trained."""
+    row_gap: float
+    """Largest difference between rows' scores in a batch and alone, as measured here: 0, or rounding."""
 
     @property
     def adaptable_values(self) -> int:
@@ -65,9 +67,11 @@ def load_model(name: str, settings: Settings, device: torch.device) -> SourceMod
         )
         digest, architecture = _digest(network, spec.input), type(network).__name__
         streamwise = StreamwiseNetwork(network, spec.input, head, device)
-        num_classes, feature_dim = probe(streamwise, spec.input)
-        if spec.classes and len(spec.classes) != num_classes:
-            raise ConfigError(f"the config names {len(spec.classes)} classes, but the model has {num_classes} scores")
+        probed = probe(streamwise, spec.input)
+        if spec.classes and len(spec.classes) != probed.classes:
+            raise ConfigError(
+                f"the config names {len(spec.classes)} classes, but the model has {probed.classes} scores"
+            )
     except ConfigError as error:
         raise ConfigError(f"model {name!r}: {error}") from error
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
@@ -78,17 +82,18 @@ def load_model(name: str, settings: Settings, device: torch.device) -> SourceMod
             weights=tensors,
             affine=_keys(tensors, streamwise.norm_layers, ("weight", "bias")),
             statistics=_keys(tensors, streamwise.norm_layers, ("running_mean", "running_var")),
-            num_classes=num_classes,
-            feature_dim=feature_dim,
+            num_classes=probed.classes,
+            feature_dim=probed.features,
         ),
         network=streamwise,
-        classes=spec.classes or tuple(str(index) for index in range(num_classes)),
+        classes=spec.classes or tuple(str(index) for index in range(probed.classes)),
         digest=digest,
         architecture=architecture,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         head=head,
         norm_layers=norm_layers,
         left_alone=left_alone,
+        row_gap=probed.row_gap,
     )
 
 

@@ -11,46 +11,45 @@ check`` measures what holds for a model on this machine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_STABLE_ROWS: dict[type[nn.Module], int] = {
-    # Matrix products: below 12 rows, multiples of 4 agree with larger ones.
-    nn.Linear: 16,
-    # Convolutions: 1 small row takes torch's plain kernel instead of oneDNN's, and 3 can differ with two threads.
-    nn.Conv1d: 2,
-    nn.Conv2d: 2,
-    nn.Conv3d: 2,
-}
 _SMALL = 20480
-"""Values in a row up to which torch prefers its plain convolution for a single row."""
+"""Values in a row up to which torch runs a single row through its own convolution instead of oneDNN's."""
 
 
 def stabilise(network: nn.Module) -> None:
     """Makes the linear and convolution layers of ``network`` row-stable. Mutates it; its results change by rounding."""
     for module in network.modules():
-        rows = _STABLE_ROWS.get(type(module))
+        rows = _ROWS.get(type(module))
         if rows is not None:
             module.forward = partial(_padded, type(module).forward, module, rows)
 
 
-def _padded(forward: Any, module: nn.Module, least: int, x: Tensor) -> Tensor:
-    n = len(x)
-    rows = _rows(least, n, x)
-    if rows == n:
-        y: Tensor = forward(module, x)
-        return y
-    padded: Tensor = forward(module, F.pad(x, (*[0] * (2 * (x.dim() - 1)), 0, rows - n)))
-    return padded[:n]
+def _linear_rows(x: Tensor) -> int:
+    """Matrix products of less than 12 rows agree with larger ones only for some sizes; those of 16 do."""
+    return max(len(x), 16) if x.dim() == 2 else len(x)
 
 
-def _rows(least: int, n: int, x: Tensor) -> int:
-    """With how many rows to run ``x [n, ...]``."""
-    if x.is_cuda or n > 16:
-        return n
-    if least == _STABLE_ROWS[nn.Linear]:
-        return max(n, least) if x.dim() == 2 else n
-    return n + n % 2 if n < 4 and x[0].numel() <= _SMALL else n
+def _convolution_rows(x: Tensor) -> int:
+    """One small row takes another kernel, and so can three, with two threads."""
+    return len(x) + len(x) % 2 if len(x) < 4 and x[0].numel() <= _SMALL else len(x)
+
+
+_ROWS: dict[type[nn.Module], Callable[[Tensor], int]] = {
+    nn.Linear: _linear_rows,
+    nn.Conv1d: _convolution_rows,
+    nn.Conv2d: _convolution_rows,
+    nn.Conv3d: _convolution_rows,
+}
+"""With how many rows to run each kind of layer."""
+
+
+def _padded(forward: Callable[..., Tensor], module: nn.Module, rows: Callable[[Tensor], int], x: Tensor) -> Tensor:
+    missing = 0 if x.is_cuda else rows(x) - len(x)
+    if not missing:
+        return forward(module, x)
+    return forward(module, F.pad(x, (*[0] * (2 * (x.dim() - 1)), 0, missing)))[: len(x)]

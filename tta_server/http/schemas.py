@@ -105,6 +105,10 @@ class InferRequest(BaseModel):
     outputs: list[InferOutput] = []
 
 
+REQUESTS: tuple[type[BaseModel], ...] = (OpenStream, PatchStream, InferRequest)
+"""Bodies that routes read by themselves, which the framework therefore does not put into the OpenAPI document."""
+
+
 def stream_info(stream: Stream, tier: str, signals: dict[str, float], drift: float | None) -> dict[str, Any]:
     """:class:`StreamInfo` as a dict."""
     return {

@@ -54,9 +54,7 @@ def router(service: Service) -> APIRouter:
         """Server metadata."""
         return json_response({"name": "tta-server", "version": __version__, "extensions": ["sequence", "parameters"]})
 
-    async def metadata(name: str, version: str = VERSION) -> Response:
-        """Model metadata."""
-        model = find(name, version)
+    def metadata_of(model: SourceModel) -> Response:
         outputs = [{"name": one, "datatype": "FP32", "shape": [-1, len(model.classes)]} for one in OUTPUTS]
         content = {
             "name": model.name,
@@ -67,21 +65,17 @@ def router(service: Service) -> APIRouter:
         }
         return json_response(content)
 
-    async def model_ready(name: str, version: str = VERSION) -> Response:
-        """The model takes requests."""
-        find(name, version)
+    def readiness_of(model: SourceModel) -> Response:
         if service.draining:
             return problem(503, "the server is shutting down")
-        return json_response({"name": name, "ready": True})
+        return json_response({"name": model.name, "ready": True})
 
-    async def infer(name: str, request: Request, version: str = VERSION) -> Response:
-        """Scores; with ``parameters.sequence_id``, those of that stream, which then adapts."""
-        model = find(name, version)
+    async def infer_with(model: SourceModel, request: Request) -> Response:
         request.state.model = model.name
         if "inference-header-content-length" in request.headers:
             raise BadInput("binary tensors are not offered; send JSON tensors (tritonclient: binary_data=False)")
         body = await read_body(request, limits.body_bytes)
-        asked = InferRequest.model_validate(parse_json(body))
+        asked = await decode(body, lambda raw: InferRequest.model_validate(parse_json(raw)))
         wanted = _outputs(asked)
         if len(asked.inputs) != 1 or asked.inputs[0].name != INPUT:
             names = ", ".join(repr(one.name) for one in asked.inputs[:8]) or "none"
@@ -123,10 +117,36 @@ def router(service: Service) -> APIRouter:
             }
         )
 
-    for prefix in ("/models/{name}", "/models/{name}/versions/{version}"):
-        routes.get(prefix)(metadata)
-        routes.get(f"{prefix}/ready")(model_ready)
-        routes.post(f"{prefix}/infer", openapi_extra=json_body(InferRequest))(infer)
+    @routes.get("/models/{name}")
+    async def metadata(name: str) -> Response:
+        """Model metadata."""
+        return metadata_of(find(name))
+
+    @routes.get("/models/{name}/versions/{version}")
+    async def version_metadata(name: str, version: str) -> Response:
+        """Model metadata."""
+        return metadata_of(find(name, version))
+
+    @routes.get("/models/{name}/ready")
+    async def model_ready(name: str) -> Response:
+        """The model takes requests."""
+        return readiness_of(find(name))
+
+    @routes.get("/models/{name}/versions/{version}/ready")
+    async def version_ready(name: str, version: str) -> Response:
+        """The model takes requests."""
+        return readiness_of(find(name, version))
+
+    @routes.post("/models/{name}/infer", openapi_extra=json_body(InferRequest))
+    async def infer(name: str, request: Request) -> Response:
+        """Scores; with ``parameters.sequence_id``, those of that stream, which then adapts."""
+        return await infer_with(find(name), request)
+
+    @routes.post("/models/{name}/versions/{version}/infer", openapi_extra=json_body(InferRequest))
+    async def version_infer(name: str, version: str, request: Request) -> Response:
+        """Scores; with ``parameters.sequence_id``, those of that stream, which then adapts."""
+        return await infer_with(find(name, version), request)
+
     return routes
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import anyio
 import orjson
 from fastapi import Request, Response
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from tta_server.errors import Cancelled, TtaError
@@ -28,9 +29,9 @@ def json_response(content: Any, status: int = 200) -> Response:
     return Response(body, status, media_type="application/json")
 
 
-def json_body(schema: type[Any], required: bool = True) -> dict[str, Any]:
-    """OpenAPI for a route that reads a JSON body by itself."""
-    content = {"application/json": {"schema": schema.model_json_schema(ref_template="#/components/schemas/{model}")}}
+def json_body(schema: type[BaseModel], required: bool = True) -> dict[str, Any]:
+    """OpenAPI for a route that reads a JSON body by itself; ``schema`` must be one of ``schemas.REQUESTS``."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
     return {"requestBody": {"required": required, "content": content}}
 
 
