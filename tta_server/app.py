@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import APIRouter, FastAPI, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tta_server import __version__
@@ -70,15 +70,17 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
         lifespan=lifespan,
         redoc_url=None,
     )
-    problems.install(app)
-    app.include_router(v1.router(service))
-    app.include_router(v2.router(service))
+    operations = APIRouter(tags=["operations"])
 
-    @app.get("/metrics", tags=["operations"], response_class=Response)
+    @operations.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Everything measured, in Prometheus' text format."""
         return Response(recorder.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    routers = (v1.router(service), v2.router(service), operations)
+    for router in routers:
+        app.include_router(router)
+    problems.install(app, [route for router in routers for route in router.routes])
     app.add_middleware(_Measured, recorder=recorder)
     _correct_openapi(app)
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,9 @@ def serve(
     logs.configure()
     settings = _settings(config, host, port)
     application = app.create_app(settings, app.load_models(settings))
+    # uvicorn raises the signal that ended it once more when it is done. Told to stop, it did: that is exit status 0.
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: None)
     uvicorn.run(
         application,
         host=settings.server.host,

@@ -6,6 +6,7 @@
     ├── ConfigError              the config file, the model it names, or the environment
     ├── BadInput                 the request's tensors or parameters; the message says expected and got
     ├── TooLarge                 a limit on size; the message names the setting
+    ├── UnsupportedEncoding      a compressed body
     ├── UnknownName              no such model, policy or stream
     ├── Conflict                 the request is sound but does not fit what is there
     ├── QueueFull                a bounded queue or quota; try again after ``retry_after`` seconds
@@ -32,6 +33,10 @@ class BadInput(TtaError):
 
 class TooLarge(TtaError):
     """A request beyond a size limit."""
+
+
+class UnsupportedEncoding(TtaError):
+    """A body in an encoding that is not taken."""
 
 
 class UnknownName(TtaError):

@@ -52,7 +52,10 @@ class Runner:
     def cancel(self, job: Job) -> bool:
         """Takes a waiting job back, whose ``done`` is then not called; False when it runs already or is done."""
         with self._changed:
-            return self._scheduler.cancel(job)
+            cancelled = self._scheduler.cancel(job)
+            if cancelled:
+                self._changed.notify_all()
+            return cancelled
 
     def drain(self, seconds: float) -> int:
         """Stops admitting, lets what waits finish for so long, ends the thread. Returns how many jobs were given up."""

@@ -68,8 +68,11 @@ class Service:
         policy: str | None = None,
         settings: Mapping[str, Any] | None = None,
         adapt: bool | None = None,
+        replace: bool = False,
     ) -> tuple[Stream, bool]:
-        """Creates the stream ``id``, or confirms one that is the same; returns it and whether it is new.
+        """Creates the stream ``id``, or confirms one that is the same; with ``replace``, starts it afresh in any case.
+
+        Returns the stream and whether it is new.
 
         What is left out is as it is on a stream that exists. On a new one, ``model`` is the only one there is,
         ``policy`` the model's own, ``adapt`` on, and ``settings`` go over the model's preset for the policy, that over
@@ -79,7 +82,7 @@ class Service:
         if not STREAM_ID.fullmatch(id):
             raise BadInput(f"a stream id has 1 to 128 of A-Z a-z 0-9 . _ : -, got {id[:150]!r}")
         existing = self._streams.get(id)
-        if existing is not None:
+        if existing is not None and not replace:
             self._confirm(existing.stream, model, policy, settings)
             if adapt is not None:
                 existing.stream.adapt = adapt
@@ -90,7 +93,7 @@ class Service:
             initial_state(made, source)
         except ValueError as error:
             raise Conflict(f"policy {made.name!r} cannot run on model {source.name!r}: {error}") from error
-        if len(self._streams) >= self.settings.limits.streams:
+        if existing is None and len(self._streams) >= self.settings.limits.streams:
             raise QueueFull(
                 f"{len(self._streams)} streams are open; the limit is limits.streams = {self.settings.limits.streams}. "
                 "Delete streams that are done"
@@ -103,8 +106,14 @@ class Service:
             created=time.time(),
             adapt=adapt is not False,
         )
+        if existing is not None:
+            self._drop(existing.stream)
         self._streams[id] = _Open(stream)
         return stream, True
+
+    def is_open(self, id: str) -> bool:
+        """Whether there is a stream ``id``."""
+        return id in self._streams
 
     def stream(self, id: str) -> Stream:
         """The open stream ``id``. Raises ``UnknownName``."""
@@ -131,8 +140,9 @@ class Service:
     async def close(self, id: str) -> None:
         """Forgets a stream. Its id is free at once; requests it still has under way are finished first."""
         stream = self._open(id).stream
+        dropped = self._drop(stream)
         del self._streams[id]
-        await self._command(stream, lambda: self._runner.engine.drop(stream))
+        await dropped
 
     # Predictions
 
@@ -154,7 +164,7 @@ class Service:
         ``timeout`` (seconds) may shorten the longest wait in the queue.
         """
         source = self.model(model)
-        check_input(source, x, self.settings.limits.rows_per_request)
+        self.check_input(source, x)
         if stream is None:
             if number is not None:
                 raise BadInput("a request number needs a stream to be counted in")
@@ -185,6 +195,25 @@ class Service:
         if number is not None:
             opened.flights[number] = flight
         return await self._wait(flight), False
+
+    def check_input(self, model: SourceModel, x: Tensor) -> None:
+        """Raises ``BadInput`` unless ``x`` is rows of the model's input shape, finite and in its value range."""
+        spec, max_rows = model.settings.input, self.settings.limits.rows_per_request
+        if tuple(x.shape[1:]) != spec.shape or x.dim() == 0:
+            raise BadInput(f"inputs must be [rows, {', '.join(map(str, spec.shape))}], got {list(x.shape)}")
+        if not 1 <= len(x) <= max_rows:
+            raise BadInput(f"a request holds 1 to {max_rows} rows (limits.rows_per_request), got {len(x)}")
+        low, high = (value.item() for value in torch.aminmax(x))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            row = int((~x.flatten(1).isfinite().all(1)).nonzero()[0])
+            raise BadInput(f"inputs must be finite, but row {row} holds NaN or infinity; the stream was left as it was")
+        if spec.range is not None:
+            slack = 1e-3 * (spec.range[1] - spec.range[0])
+            if low < spec.range[0] - slack or high > spec.range[1] + slack:
+                raise BadInput(
+                    f"inputs must lie in [{spec.range[0]:g}, {spec.range[1]:g}] before normalisation, which the model "
+                    f"does itself; got values from {low:g} to {high:g}"
+                )
 
     # The rest
 
@@ -288,7 +317,11 @@ class Service:
             if not flight.waiters and not flight.future.done():
                 flight.abandon()
 
-    async def _command(self, stream: Stream, command: Callable[[], None]) -> None:
+    def _drop(self, stream: Stream) -> asyncio.Future[None]:
+        return self._command(stream, lambda: self._runner.engine.drop(stream))
+
+    def _command(self, stream: Stream, command: Callable[[], None]) -> asyncio.Future[None]:
+        """Queues a command behind the stream's requests; the future is done when it has run."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 
@@ -297,27 +330,7 @@ class Service:
                 future.set_result(None) if error is None else future.set_exception(error)
 
         self._runner.submit(Job(stream, _on(loop, finish), command=command))
-        await future
-
-
-def check_input(model: SourceModel, x: Tensor, max_rows: int) -> None:
-    """Raises ``BadInput`` unless ``x`` is rows of the model's input shape, finite and in its value range."""
-    spec = model.settings.input
-    if tuple(x.shape[1:]) != spec.shape or x.dim() == 0:
-        raise BadInput(f"inputs must be [rows, {', '.join(map(str, spec.shape))}], got {list(x.shape)}")
-    if not 1 <= len(x) <= max_rows:
-        raise BadInput(f"a request holds 1 to {max_rows} rows (limits.rows_per_request), got {len(x)}")
-    low, high = (value.item() for value in torch.aminmax(x))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        row = int((~x.flatten(1).isfinite().all(1)).nonzero()[0])
-        raise BadInput(f"inputs must be finite, but row {row} holds NaN or infinity; the stream was left as it was")
-    if spec.range is not None:
-        slack = 1e-3 * (spec.range[1] - spec.range[0])
-        if low < spec.range[0] - slack or high > spec.range[1] + slack:
-            raise BadInput(
-                f"inputs must lie in [{spec.range[0]:g}, {spec.range[1]:g}] before normalisation, which the model does "
-                f"itself; got values from {low:g} to {high:g}"
-            )
+        return future
 
 
 Done = Callable[[Answer | None, Exception | None], None]

@@ -158,8 +158,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ConfigError(
-            f"{path} cannot be read as a plain state dict: {error}. Anything else that torch.save writes may run code "
-            "when loaded, so it is refused; save model.state_dict(), best as safetensors"
+            f"{path} cannot be read as a plain state dict: {_first_line(error)} Anything else that torch.save writes "
+            "may run code when loaded, so it is refused; save model.state_dict(), best as safetensors"
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise ConfigError(f"{path} must hold a state dict, names to tensors; got {type(loaded).__name__}")
@@ -191,6 +191,10 @@ def _digest(network: nn.Module, spec: InputSettings) -> str:
 
 def _keys(tensors: dict[str, Tensor], layers: list[str], kinds: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{layer}.{kind}" for layer in layers for kind in kinds if f"{layer}.{kind}" in tensors)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]
 
 
 def _some(names: list[str]) -> str:

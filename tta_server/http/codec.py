@@ -14,19 +14,24 @@ import numpy as np
 import orjson
 import torch
 from fastapi import Request
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
-from tta_server.errors import BadInput, Cancelled, TooLarge
+from tta_server.errors import BadInput, Cancelled, TooLarge, UnsupportedEncoding
 from tta_server.settings import InputSettings
 
 IMAGES = (b"\x89PNG", b"\xff\xd8\xff")
+EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+"""Pillow's modes of images that convert to 8-bit channels without loss."""
 NPY = b"\x93NUMPY"
 
 
 async def read_body(request: Request, limit: int) -> bytes:
     """The whole body. Raises ``TooLarge`` as soon as it passes ``limit`` bytes, before reading on."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise UnsupportedEncoding(f"bodies must not be compressed, got Content-Encoding: {encoding[:50]}")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise TooLarge(f"the body is {declared} bytes; the limit is limits.body_bytes = {limit}")
@@ -79,8 +84,7 @@ def decode_tensor(data: Any, datatype: str, shape: Sequence[int], spec: InputSet
     """
     if datatype not in ("FP32", "FP64", "FP16", "UINT8"):
         raise BadInput(f"input {name!r} must be FP32 (FP64, FP16 and, for pixels, UINT8 are taken too), got {datatype}")
-    if any(size < 0 for size in shape) or (size := math.prod(shape)) > 2**40:
-        raise BadInput(f"input {name!r} has an impossible shape {list(shape)[:16]}")
+    size = _size(shape, f"input {name!r}")
     if data is None:
         raise BadInput(f"input {name!r} has no data")
     values = _numbers(data, name).reshape(-1)
@@ -111,18 +115,24 @@ def _npy(body: bytes, spec: InputSettings) -> np.ndarray[Any, Any]:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-    except ValueError as error:
+    except Exception as error:  # numpy evaluates the header as a literal, and a broken one raises nearly anything
         raise BadInput(f"not a readable .npy array: {error}") from error
-    if dtype.kind not in "iuf" or dtype.hasobject:
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "iuf":
         raise BadInput(f"the .npy array must hold numbers, got {dtype}")
-    expected, got = math.prod(shape) * dtype.itemsize, len(body) - file.tell()
+    expected, got = _size(shape, "the .npy array") * dtype.itemsize, len(body) - file.tell()
     if expected != got:
         raise BadInput(f"the .npy header promises {expected} bytes ({dtype} {list(shape)}), the body holds {got}")
     values = np.frombuffer(body, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
-    if dtype != np.uint8:
-        with np.errstate(over="ignore"):
-            return np.ascontiguousarray(values, dtype=np.float32)
-    return np.ascontiguousarray(values)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values, dtype=np.uint8 if dtype == np.uint8 else np.float32)
+
+
+def _size(shape: Sequence[int], name: str) -> int:
+    """The number of values in ``shape``. Raises ``BadInput`` for one that no array can have."""
+    # Zeros are left out of the product: numpy counts the rest of such a shape, too.
+    if len(shape) > 32 or min(shape, default=0) < 0 or math.prod(size for size in shape if size) > 2**60:
+        raise BadInput(f"{name} has an impossible shape {list(shape)[:33]}")
+    return math.prod(shape)
 
 
 def _image(body: bytes, spec: InputSettings) -> np.ndarray[Any, Any]:
@@ -134,8 +144,14 @@ def _image(body: bytes, spec: InputSettings) -> np.ndarray[Any, Any]:
         with Image.open(io.BytesIO(body), formats=("PNG", "JPEG")) as image:
             if image.size != (width, height):
                 raise BadInput(f"the image must be {width} x {height} pixels, got {image.size[0]} x {image.size[1]}")
+            if image.mode not in EIGHT_BIT:
+                raise BadInput(
+                    f"images must have 8 bits per channel, got one of mode {image.mode!r}; send .npy instead"
+                )
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except BadInput:
+        raise
+    except Exception as error:  # a decoder may raise anything on bytes from outside
         raise BadInput(f"not a readable PNG or JPEG image: {error}") from error
     return np.ascontiguousarray(pixels.reshape(1, height, width, channels).transpose(0, 3, 1, 2))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match
 
 from tta_server import errors
 from tta_server.settings import explain
@@ -20,6 +22,7 @@ STATUS: dict[type[errors.TtaError], int] = {
     errors.UnknownName: 404,
     errors.Conflict: 409,
     errors.TooLarge: 413,
+    errors.UnsupportedEncoding: 415,
     errors.QueueFull: 429,
     errors.Cancelled: 499,  # nobody is there to read it; the access statistics show it
     errors.StepFailed: 500,
@@ -33,10 +36,23 @@ def problem(status: int, text: str, headers: dict[str, str] | None = None) -> Re
     return Response(orjson.dumps({"error": text}), status, headers, media_type="application/json")
 
 
-def install(app: FastAPI) -> None:
-    """Makes every error of ``app``, the framework's own included, a ``{"error": ...}``."""
+def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Makes every error of ``app``, which has these ``routes``, a ``{"error": ...}``, the framework's own included."""
+
+    async def framework(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 404:
+            return problem(404, f"no such path: {request.url.path}")
+        if error.status_code == 405:
+            # The framework names the methods of one route only, and a path can have several.
+            matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+            allowed = ", ".join(sorted({method for route in matching for method in getattr(route, "methods", ())}))
+            text = f"{request.method} is not allowed on {request.url.path}, only {allowed}"
+            return problem(405, text, {"Allow": allowed})
+        return problem(error.status_code, str(error.detail), dict(error.headers or {}))
+
     app.add_exception_handler(errors.TtaError, _ours)
-    app.add_exception_handler(HTTPException, _framework)
+    app.add_exception_handler(HTTPException, framework)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(ValidationError, _validation)
     app.add_exception_handler(Exception, _unexpected)
@@ -46,15 +62,6 @@ async def _ours(request: Request, error: Exception) -> Response:
     retry_after = getattr(error, "retry_after", None)
     headers = None if retry_after is None else {"Retry-After": str(retry_after)}
     return problem(STATUS.get(type(error), 500), str(error), headers)  # type: ignore[arg-type]  # registered for ours only
-
-
-async def _framework(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    text = {
-        404: f"no such path: {request.url.path}",
-        405: f"{request.method} is not allowed on {request.url.path}",
-    }.get(error.status_code, str(error.detail))
-    return problem(error.status_code, text, dict(error.headers or {}))
 
 
 async def _validation(request: Request, error: Exception) -> Response:

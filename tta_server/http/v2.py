@@ -6,15 +6,15 @@ that binary tensors are an addition to both, not a change.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from tta_server import __version__
 from tta_server.engine.source import SourceModel
-from tta_server.errors import BadInput, UnknownName
+from tta_server.errors import BadInput, Unavailable, UnknownName
 from tta_server.http.codec import decode_tensor, parse_json, read_body
-from tta_server.http.problems import problem
 from tta_server.http.schemas import InferRequest
 from tta_server.http.wire import PROBLEMS, decode, json_body, json_response, unless_gone
 from tta_server.service import Service
@@ -44,8 +44,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/health/ready")
     async def ready() -> Response:
         """Requests are taken."""
-        if service.draining:
-            return problem(503, "the server is shutting down")
+        _refuse_while_draining(service)
         return json_response({"ready": True})
 
     @routes.get("")
@@ -66,8 +65,7 @@ def router(service: Service) -> APIRouter:
         return json_response(content)
 
     def readiness_of(model: SourceModel) -> Response:
-        if service.draining:
-            return problem(503, "the server is shutting down")
+        _refuse_while_draining(service)
         return json_response({"name": model.name, "ready": True})
 
     async def infer_with(model: SourceModel, request: Request) -> Response:
@@ -86,26 +84,31 @@ def router(service: Service) -> APIRouter:
             lambda raw: decode_tensor(tensor.data, tensor.datatype, tensor.shape, model.settings.input, tensor.name),
         )
         controls = _Controls(asked.parameters, service.settings.streams.default)
+        service.check_input(model, x)
         report: dict[str, Any] = {}
-        if controls.stream is not None:
-            if controls.start and await _closed(service, controls.stream):
-                report["replaced"] = True
-            if not controls.start and controls.stream != service.settings.streams.default:
-                _refuse_unknown(service, controls.stream)
-            service.open(controls.stream, model.name, controls.policy)
-        answer, replayed = await unless_gone(
-            request,
-            service.predict(
+
+        async def answer_it() -> tuple[Answer, bool]:
+            # Nothing is awaited between finding the stream and queueing in it: nobody gets in between.
+            if controls.stream is not None:
+                known = controls.start or controls.stream == service.settings.streams.default
+                if not known and service.settings.streams.unknown_id == "refuse":
+                    service.stream(controls.stream)
+                if controls.start and service.is_open(controls.stream):
+                    report["replaced"] = True
+                service.open(controls.stream, model.name, controls.policy, replace=controls.start)
+            return await service.predict(
                 model.name,
                 x,
                 stream=controls.stream,
                 number=controls.number,
                 adapt=controls.adapt,
                 timeout=controls.timeout,
-            ),
-        )
+            )
+
+        answer, replayed = await unless_gone(request, answer_it())
         if controls.stream is not None and controls.end:
-            await _closed(service, controls.stream)
+            with suppress(UnknownName):  # someone else closed it
+                await service.close(controls.stream)
         report |= _report(controls.stream, answer, replayed)
         return json_response(
             {
@@ -168,9 +171,16 @@ class _Controls:
         if self.number is not None and self.number < 0:
             raise BadInput(f"tta_seq must not be negative, got {self.number}")
         microseconds = _take(given, "timeout", int, None)
+        if microseconds is not None and microseconds < 0:
+            raise BadInput(f"timeout must not be negative, got {microseconds} microseconds")
         self.timeout: float | None = microseconds / 1e6 if microseconds else None
         if given.pop("binary_data_output", False):
             raise BadInput("binary outputs are not offered; ask for JSON (tritonclient: binary_data=False)")
+
+
+def _refuse_while_draining(service: Service) -> None:
+    if service.draining:
+        raise Unavailable("the server is shutting down")
 
 
 def _take(given: dict[str, Any], name: str, kind: type[Any], default: Any) -> Any:
@@ -190,20 +200,6 @@ def _outputs(asked: InferRequest) -> list[str]:
     if len(set(names)) != len(names):
         raise BadInput(f"an output is asked for twice: {names}")
     return names
-
-
-def _refuse_unknown(service: Service, id: str) -> None:
-    if service.settings.streams.unknown_id == "refuse":
-        service.stream(id)
-
-
-async def _closed(service: Service, id: str) -> bool:
-    """Closes the stream if it is open; returns whether it was."""
-    try:
-        await service.close(id)
-    except UnknownName:
-        return False
-    return True
 
 
 def _output(name: str, answer: Answer) -> dict[str, Any]:

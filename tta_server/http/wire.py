@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from tta_server.errors import Cancelled, TtaError
+from tta_server.errors import Cancelled
 from tta_server.http.schemas import Problem
 
 T = TypeVar("T")
@@ -50,12 +50,12 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
             pass
         scope.cancel()
 
-    failure: TtaError = Cancelled("the client went away")
+    failure: Exception = Cancelled("the client went away")
     async with anyio.create_task_group() as group:
         group.start_soon(watch, group.cancel_scope)
         try:
             return await work
-        except TtaError as error:  # raised below, since a task group would wrap it
+        except Exception as error:  # raised below, since a task group would wrap it
             failure = error
         finally:
             group.cancel_scope.cancel()

@@ -37,6 +37,8 @@ class _LaneStates:
         self.resident: OrderedDict[Stream, int] = OrderedDict()
         """Slots by stream, the one used longest ago first."""
         self.host: dict[Stream, Packed] = {}
+        self.fresh: set[Stream] = set()
+        """Of the resident: those that have the initial state still, which need not be kept when evicted."""
         self.leased: set[Stream] = set()
 
 
@@ -94,6 +96,7 @@ class StateStore:
             states.pool.scatter(lease.slots, packed, accepted)
             for index in accepted:
                 lease.streams[index].version += 1
+            states.fresh.difference_update(lease.streams[index] for index in accepted)
         return kept
 
     def release(self, lease: Lease) -> None:
@@ -121,6 +124,7 @@ class StateStore:
         if slot is not None:
             states.pool.release(slot)
         states.host.pop(stream, None)
+        states.fresh.discard(stream)
 
     def export(self, lane: Lane, stream: Stream) -> State:
         """A copy of the stream's whole state in host memory, ``S = 1``."""
@@ -161,6 +165,7 @@ class StateStore:
             assert len(set(slots)) == len(slots), f"{lane}: two streams share a slot"
             assert states.pool.used == len(slots), f"{lane}: {states.pool.used} slots taken for {len(slots)} streams"
             assert not states.resident.keys() & states.host.keys(), f"{lane}: a stream is in two tiers"
+            assert states.fresh <= states.resident.keys(), f"{lane}: a stream without a slot counts as fresh"
             assert states.leased <= states.resident.keys(), f"{lane}: a leased stream has no slot"
 
     def _resident_slot(self, states: _LaneStates, stream: Stream) -> int:
@@ -169,6 +174,8 @@ class StateStore:
             slot = states.pool.acquire()
             if slot is None:
                 slot = self._evict(states)
+            if stream not in states.host:
+                states.fresh.add(stream)
             states.pool.write(slot, states.host.pop(stream, states.initial))
             states.resident[stream] = slot
         states.resident.move_to_end(stream)
@@ -177,7 +184,9 @@ class StateStore:
     def _evict(self, states: _LaneStates) -> int:
         for stream, slot in states.resident.items():
             if stream not in states.leased:
-                if stream.version:
+                if stream in states.fresh:
+                    states.fresh.remove(stream)
+                else:
                     states.host[stream] = states.pool.read(slot)
                 del states.resident[stream]
                 self.evictions += 1
