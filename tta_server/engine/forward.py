@@ -34,6 +34,8 @@ class StreamwiseNetwork:
         self.norm_layers = replace_norms(self._network, self._conduit)
         stabilise(self._network)
         self._network.to(device)
+        # Torch's fused transformer layers read the norm layers' weights past their forward, and so past the streams'.
+        torch.backends.mha.set_fastpath_enabled(False)
         self._features: Tensor | None = None
         self._network.get_submodule(head).register_forward_pre_hook(self._catch_features)
         per_channel = (-1, *[1] * (len(spec.shape) - 1))

@@ -19,7 +19,7 @@ channel, where ``g`` is the gradient of the loss with respect to ``y``,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -71,6 +71,10 @@ class StreamNorm(nn.Module):
         self.name, self._conduit = name, conduit
         self.eps = float(original.eps)
 
+    def _is_shared(self, now: Pass) -> bool:
+        """Whether no stream has a tensor of its own for this layer."""
+        return not any(f"{self.name}.{key}" in now.weights for key in (*self._parameters, *self._buffers))
+
     def _own(self, key: str, now: Pass) -> Tensor | None:
         """The streams' tensor ``[S, ...]`` of this layer under ``key``; else the source's, as ``[1, ...]``."""
         stacked = now.weights.get(f"{self.name}.{key}")
@@ -96,8 +100,7 @@ class StreamBatchNorm(StreamNorm):
         now = self._conduit.get()
         if now.observe and self.running_mean is not None and self.running_var is not None:
             now.distances.append(_distance(x, now.segments, self.running_mean, self.running_var))
-        stateless = f"{self.name}.weight" not in now.weights and f"{self.name}.running_mean" not in now.weights
-        if now.norm == SOURCE_NORM and stateless and self.running_mean is not None:
+        if now.norm == SOURCE_NORM and self._is_shared(now) and self.running_mean is not None:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         gamma, beta = self._own("weight", now), self._own("bias", now)
         if gamma is None:
@@ -126,7 +129,7 @@ class StreamLayerNorm(StreamNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         now = self._conduit.get()
-        if f"{self.name}.weight" not in now.weights:
+        if self._is_shared(now):
             return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
         y = F.layer_norm(x, self.shape, None, None, self.eps)
         between = [1] * (x.dim() - 1 - len(self.shape))
@@ -142,7 +145,7 @@ class StreamGroupNorm(StreamNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         now = self._conduit.get()
-        if f"{self.name}.weight" not in now.weights:
+        if self._is_shared(now):
             return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
         y = F.group_norm(x, self.groups, None, None, self.eps)
         after = [1] * (x.dim() - 2)
@@ -163,9 +166,9 @@ def replace_norms(model: nn.Module, conduit: Conduit) -> list[str]:
     """Puts stream-wise layers in the place of the model's norm layers; returns their names. Mutates ``model``."""
     made: dict[nn.Module, StreamNorm] = {}
     for parent_name, parent in list(model.named_modules()):
-        for child_name, child in list(parent.named_children()):
+        for child_name, child in list(parent._modules.items()):  # named_children names a shared child once
             kind = REPLACED.get(type(child))
-            if kind is not None:
+            if child is not None and kind is not None:
                 name = f"{parent_name}.{child_name}" if parent_name else child_name
                 # A layer used in two places stays one layer, with the name of the first.
                 made.setdefault(child, kind(child, name, conduit))
@@ -215,10 +218,22 @@ def _distance(x: Tensor, segments: Segments, source_mean: Tensor, source_var: Te
         return (squared / source_var.clamp_min(torch.finfo(x.dtype).tiny)).mean(1)
 
 
-def _affine(y: Tensor, gamma: Tensor | None, beta: Tensor | None, segments: Segments, view: Any) -> Tensor:
-    assert gamma is not None
-    y = y * segments.spread(gamma).view(len(y), *view(gamma.shape[1:]))
-    return y if beta is None else y + segments.spread(beta).view(len(y), *view(beta.shape[1:]))
+def _affine(
+    y: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    segments: Segments,
+    view: Callable[[torch.Size], list[int]],
+) -> Tensor:
+    """``y`` scaled and shifted by ``[S or 1, ...]`` tensors; ``view`` gives their shape without rows, ready to
+    broadcast over ``y``."""
+    if gamma is not None:
+        scale = _per_row(gamma, segments)
+        y = y * scale.view(len(scale), *view(gamma.shape[1:]))
+    if beta is not None:
+        shift = _per_row(beta, segments)
+        y = y + shift.view(len(shift), *view(beta.shape[1:]))
+    return y
 
 
 class _SegmentBatchNorm(torch.autograd.Function):
@@ -262,7 +277,8 @@ class _SegmentBatchNorm(torch.autograd.Function):
         y += torch.addcmul(_per_row(beta, segments), row_a, shift).unsqueeze(2)
         # Now x - mu = rows + shift, and x - m = rows + batch_shift.
         ctx.save_for_backward(rows, shift, batch_shift, r, a, row_a, weight)
-        ctx.segments, ctx.norm, ctx.own_affine = segments, norm, len(gamma) == segments.streams
+        ctx.segments, ctx.norm = segments, norm
+        ctx.shared = len(gamma) < segments.streams, len(beta) < segments.streams
         ctx.mark_non_differentiable(mean, var)
         return y.view_as(x), mean, var
 
@@ -288,8 +304,10 @@ class _SegmentBatchNorm(torch.autograd.Function):
                 offset = torch.addcmul(segments.spread(through * g_beta), row_slope, batch_shift)
                 g_x.addcmul_(rows, row_slope.unsqueeze(2)).add_(offset.unsqueeze(2))
             g_x = g_x.view_as(g_y)
-        if not ctx.own_affine:
-            g_gamma, g_beta = g_gamma.sum(0, keepdim=True), g_beta.sum(0, keepdim=True)
+        if ctx.shared[0]:
+            g_gamma = g_gamma.sum(0, keepdim=True)
+        if ctx.shared[1]:
+            g_beta = g_beta.sum(0, keepdim=True)
         return g_x, g_gamma, g_beta, None, None, None, None, None
 
 
