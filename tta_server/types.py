@@ -26,7 +26,7 @@ class Lane(NamedTuple):
     policy: Policy
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Stream:
     """One client's ordered sequence of requests.
 

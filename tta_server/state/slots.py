@@ -96,8 +96,8 @@ class SlotPool:
         self._free.append(slot)
 
     def read(self, slot: int) -> Packed:
-        """A copy of one slot in host memory: rows ``[width]``."""
-        return {dtype: rows[slot].to("cpu", copy=True) for dtype, rows in self._rows.items()}
+        """Views of one slot, on the pool's device: rows ``[width]``."""
+        return {dtype: rows[slot] for dtype, rows in self._rows.items()}
 
     def write(self, slot: int, packed: Packed) -> None:
         """Fills one slot from rows ``[width]``."""
@@ -118,3 +118,35 @@ class SlotPool:
         )
         for dtype, rows in self._rows.items():
             rows.index_copy_(0, index, picked[dtype])
+
+
+class HostRows:
+    """Packed states in host memory, a row each, as many as come. Grows by chunks, so nothing is copied or spread out:
+    thousands of tensors of their own would cost half as much again in fragments of the heap."""
+
+    CHUNK = 64
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._chunks: list[Packed] = []
+        self._free: list[int] = []
+
+    def put(self, packed: Packed) -> int:
+        """Keeps a copy of rows ``[width]``; returns where."""
+        if not self._free:
+            first = len(self._chunks) * self.CHUNK
+            widths = self._layout.width.items()
+            self._chunks.append({dtype: torch.empty(self.CHUNK, width, dtype=dtype) for dtype, width in widths})
+            self._free = list(range(first + self.CHUNK - 1, first - 1, -1))
+        place = self._free.pop()
+        for dtype, rows in self._chunks[place // self.CHUNK].items():
+            rows[place % self.CHUNK] = packed[dtype]
+        return place
+
+    def read(self, place: int) -> Packed:
+        """Views of the rows at ``place``, good until it is freed."""
+        return {dtype: rows[place % self.CHUNK] for dtype, rows in self._chunks[place // self.CHUNK].items()}
+
+    def free(self, place: int) -> None:
+        """Gives a place back."""
+        self._free.append(place)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.base import State
-from tta_server.state.slots import Layout, Packed, SlotPool
+from tta_server.state.slots import HostRows, Layout, SlotPool
 from tta_server.types import Lane, Stream
 
 
@@ -36,7 +36,9 @@ class _LaneStates:
         self.pool = SlotPool(self.layout, slots, device)
         self.resident: OrderedDict[Stream, int] = OrderedDict()
         """Slots by stream, the one used longest ago first."""
-        self.host: dict[Stream, Packed] = {}
+        self.host: dict[Stream, int] = {}
+        """Places in ``rows`` by stream."""
+        self.rows = HostRows(self.layout)
         self.fresh: set[Stream] = set()
         """Of the resident: those that have the initial state still, which need not be kept when evicted."""
         self.leased: set[Stream] = set()
@@ -123,22 +125,28 @@ class StateStore:
         slot = states.resident.pop(stream, None)
         if slot is not None:
             states.pool.release(slot)
-        states.host.pop(stream, None)
+        place = states.host.pop(stream, None)
+        if place is not None:
+            states.rows.free(place)
         states.fresh.discard(stream)
 
     def export(self, lane: Lane, stream: Stream) -> State:
         """A copy of the stream's whole state in host memory, ``S = 1``."""
         states = self._lanes[lane]
-        slot = states.resident.get(stream)
-        row = states.pool.read(slot) if slot is not None else states.host.get(stream, states.initial)
+        slot, place = states.resident.get(stream), states.host.get(stream)
+        row = states.initial
+        if slot is not None:
+            row = states.pool.read(slot)
+        elif place is not None:
+            row = states.rows.read(place)
         return states.layout.unpack({dtype: values.to("cpu", copy=True).unsqueeze(0) for dtype, values in row.items()})
 
     def restore(self, lane: Lane, stream: Stream, state: State, version: int) -> None:
         """Gives the stream a state (``S = 1``) and version. Raises ``ValueError`` where it does not fit."""
         states = self._lanes[lane]
-        packed = {dtype: rows[0].to("cpu", copy=True) for dtype, rows in states.layout.pack(state).items()}
+        packed = {dtype: rows[0] for dtype, rows in states.layout.pack(state).items()}
         self._forget(states, stream)
-        states.host[stream] = packed
+        states.host[stream] = states.rows.put(packed)
         stream.version = version
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -174,9 +182,13 @@ class StateStore:
             slot = states.pool.acquire()
             if slot is None:
                 slot = self._evict(states)
-            if stream not in states.host:
+            place = states.host.pop(stream, None)
+            if place is None:
+                states.pool.write(slot, states.initial)
                 states.fresh.add(stream)
-            states.pool.write(slot, states.host.pop(stream, states.initial))
+            else:
+                states.pool.write(slot, states.rows.read(place))
+                states.rows.free(place)
             states.resident[stream] = slot
         states.resident.move_to_end(stream)
         return slot
@@ -187,7 +199,7 @@ class StateStore:
                 if stream in states.fresh:
                     states.fresh.remove(stream)
                 else:
-                    states.host[stream] = states.pool.read(slot)
+                    states.host[stream] = states.rows.put(states.pool.read(slot))
                 del states.resident[stream]
                 self.evictions += 1
                 return slot
