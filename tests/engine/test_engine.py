@@ -1,0 +1,177 @@
+"""The engine as the server uses it: isolation in float32, what is measured of which request, what a stream weighs."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters import Policy, policies
+from adapters.source import SourcePolicy
+from adapters.tent import Tent
+from tta_server.drift.monitor import Monitor
+from tta_server.engine.engine import Engine, initial_state
+from tta_server.engine.source import SourceModel, load_model
+from tta_server.engine.stable import stabilise
+from tta_server.scheduler import Bounds, Scheduler
+from tta_server.settings import Settings, load_settings
+from tta_server.state.slots import Layout
+from tta_server.state.store import StateStore
+from tta_server.types import AGREEMENT, DRIFT, Answer, Job, Lane, Plan, StepStats, Stream
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def digits() -> SourceModel:
+    """The bundled digits model, float32."""
+    return load_model("digits", load_settings(ROOT / "tta_server" / "demo" / "config.yaml"), torch.device("cpu"))
+
+
+def make_engine(model: SourceModel, shadow_ratio: float = 0.0) -> Engine:
+    return Engine({model.name: model}, StateStore(64, torch.device("cpu")), Monitor(20.0), shadow_ratio)
+
+
+def step(engine: Engine, lane: Lane, requests: list[tuple[Stream, Tensor]]) -> tuple[list[Answer], StepStats]:
+    """One engine step over these requests; its answers in their order."""
+    answers: dict[Stream, Answer] = {}
+
+    def answer(job: Job, result: Answer | Exception) -> None:
+        assert isinstance(result, Answer)
+        answers[job.stream] = result
+
+    stats = engine.step(Plan(lane, [Job(stream, lambda *_: None, lane, x) for stream, x in requests]), answer)
+    return [answers[stream] for stream, _ in requests], stats
+
+
+def make_stream(name: str, policy: Policy) -> Stream:
+    return Stream(name, "digits", policy, 1, 0.0)
+
+
+@pytest.mark.parametrize("policy", [kind() for kind in policies().values()], ids=list(policies()))
+def test_interleaved_streams_are_served_as_if_alone(digits: SourceModel, policy: Policy) -> None:
+    """Law 1 in float32: 8 streams that the scheduler merges as it sees fit against each stream run alone."""
+    shuffle, lane = random.Random(0), Lane("digits", policy)
+    generator = torch.Generator().manual_seed(0)
+    requests = [
+        [torch.rand(shuffle.randint(1, 24), 1, 8, 8, generator=generator) * (0.3 + 0.1 * stream) for _ in range(12)]
+        for stream in range(8)
+    ]
+    together: dict[str, list[Tensor]] = {str(stream): [] for stream in range(8)}
+    scheduler, engine = Scheduler(Bounds(max_rows=64)), make_engine(digits)
+    streams = [make_stream(str(stream), policy) for stream in range(8)]
+    for round in range(12):
+        for stream in shuffle.sample(streams, 8):
+            scheduler.submit(Job(stream, lambda *_: None, lane, requests[int(stream.id)][round]))
+    merged = 0
+    while (plan := scheduler.next_batch(0.0)) is not None:
+        merged += len(plan.jobs) > 1
+        answers, _ = step(engine, lane, [(job.stream, job.x) for job in plan.jobs if job.x is not None])
+        for job, answer in zip(plan.jobs, answers, strict=True):
+            together[job.stream.id].append(answer.logits)
+        scheduler.complete(plan)
+    assert merged > 12
+    for name, scores in together.items():
+        engine, stream = make_engine(digits), make_stream(name, policy)
+        for x, seen in zip(requests[int(name)], scores, strict=True):
+            ((answer,), _) = step(engine, lane, [(stream, x)])
+            torch.testing.assert_close(seen, answer.logits, atol=1e-4, rtol=0)
+
+
+def test_rows_do_not_depend_on_how_many_there_are() -> None:
+    """Linear and convolution layers, forward and backward, for every small number of rows."""
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList([torch.nn.Conv2d(16, 32, 3, 2, padding=1), torch.nn.Linear(64, 10)])
+    inputs = [torch.randn(32, 16, 32, 32), torch.randn(32, 64)]
+    stabilise(layers)
+    for layer, full in zip(layers, inputs, strict=True):
+        full.requires_grad_()
+        every = layer(full)
+        upstream = torch.randn_like(every)
+        (gradient,) = torch.autograd.grad(every, full, upstream)
+        for n in (1, 2, 3, 4, 5, 7, 11, 13):
+            part = full[:n].detach().clone().requires_grad_()
+            some = layer(part)
+            assert some.shape == every[:n].shape
+            torch.testing.assert_close(some, every[:n], atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                torch.autograd.grad(some, part, upstream[:n])[0], gradient[:n], atol=1e-5, rtol=0
+            )
+
+
+def test_an_even_share_of_adapting_requests_is_compared_with_the_source(digits: SourceModel) -> None:
+    """The first of every four, whoever else is in the batch; requests the source answers do not count among them."""
+    engine, tent = make_engine(digits, shadow_ratio=0.25), Tent()
+    stream, x = make_stream("a", tent), torch.rand(8, 1, 8, 8)
+    measured = []
+    for _ in range(8):
+        _, plain = step(engine, Lane("digits", SourcePolicy()), [(stream, x)])
+        assert AGREEMENT not in plain.jobs[0].signals
+        _, stats = step(engine, Lane("digits", tent), [(stream, x), (make_stream("b", tent), x)])
+        measured.append(AGREEMENT in stats.jobs[0].signals)
+        assert measured[-1] == (DRIFT in stats.jobs[0].signals)
+        assert AGREEMENT in stats.jobs[1].signals
+    assert measured == [True, False, False, False] * 2
+
+
+def test_drift_is_measured_while_the_source_answers_and_is_the_same(digits: SourceModel) -> None:
+    """An operator who decides whether to switch adaptation on needs it most."""
+    x = torch.rand(8, 1, 8, 8)
+    drifts = []
+    for policy in (SourcePolicy(), Tent()):
+        _, stats = step(make_engine(digits, shadow_ratio=1.0), Lane("digits", policy), [(make_stream("a", Tent()), x)])
+        drifts.append(stats.jobs[0].signals[DRIFT])
+    assert drifts[0] == pytest.approx(drifts[1], rel=1e-5)
+    assert drifts[0] > 0
+
+
+def test_drift_is_small_on_source_data_and_grows_with_the_shift(digits: SourceModel) -> None:
+    """By the formula: 0 where the batch has the source's statistics."""
+    from tta_server.demo.data import training
+
+    pixels = digits.settings.input.from_pixels(torch.from_numpy(training()[0]))
+    engine, lane = make_engine(digits, shadow_ratio=1.0), Lane("digits", Tent())
+    drifts = []
+    for fade in (0.0, 0.3, 0.6):
+        _, stats = step(engine, lane, [(make_stream(str(fade), Tent()), pixels * (1 - fade) + 0.6 * fade)])
+        drifts.append(stats.jobs[0].signals[DRIFT])
+    assert drifts[0] < 0.02 < drifts[1] < drifts[2]
+
+
+def test_an_anonymous_request_leaves_nothing(digits: SourceModel) -> None:
+    engine = make_engine(digits, shadow_ratio=1.0)
+    stream = make_stream("", SourcePolicy())
+    _, stats = step(engine, Lane("digits", SourcePolicy()), [(stream, torch.rand(2, 1, 8, 8))])
+    assert DRIFT not in stats.jobs[0].signals
+    assert engine.monitor.read(stream) == {}
+
+
+def test_a_tent_stream_of_resnet20_weighs_three_floats_a_value(tmp_path: Path) -> None:
+    """Scale, shift and Adam's two moments of each, and the step counter: within 4 floats a value and 1 KiB."""
+    spec = importlib.util.spec_from_file_location("resnet_cifar", ROOT / "examples" / "cifar10c" / "resnet_cifar.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.save(module.resnet20().state_dict(), tmp_path / "weights.pt")
+    settings = Settings.model_validate(
+        {
+            "models": {
+                "resnet20": {
+                    "factory": "resnet_cifar:resnet20",
+                    "weights": str(tmp_path / "weights.pt"),
+                    "input": {"shape": [3, 32, 32]},
+                }
+            },
+            "folder": ROOT / "examples" / "cifar10c",
+        }
+    )
+    model = load_model("resnet20", settings, torch.device("cpu"))
+    assert (model.parameters, model.adaptable_values) == (269_722, 1_376)
+    size = Layout(initial_state(Tent(), model)).bytes
+    assert size == 3 * 4 * 1_376 + 8
+    assert size <= 4 * 4 * model.adaptable_values + 1024
