@@ -14,7 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tta_server import __version__
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine
+from tta_server.engine.report import policy_report
 from tta_server.engine.source import SourceModel, choose_device, load_model
+from tta_server.errors import ConfigError
 from tta_server.http import problems, v1, v2
 from tta_server.http.schemas import REQUESTS
 from tta_server.metrics import PrometheusRecorder, Recorder
@@ -34,7 +36,12 @@ def load_models(settings: Settings) -> dict[str, SourceModel]:
     for model in settings.models.values():
         for policy in {model.policy, *model.policies}:
             make_policy(policy, model.policies.get(policy, {}))
-    return {name: load_model(name, settings, device) for name in settings.models}
+    models = {name: load_model(name, settings, device) for name in settings.models}
+    for name, loaded in models.items():
+        default = policy_report(loaded.settings.policy, loaded)
+        if not default["runs"]:
+            raise ConfigError(f"model {name!r} cannot have policy {default['name']!r} as its own: {default['reason']}")
+    return models
 
 
 def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
@@ -69,6 +76,7 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
         summary="Test-time adaptation of vision models, per client stream",
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,
     )
     operations = APIRouter(tags=["operations"])
 

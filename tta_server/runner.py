@@ -78,6 +78,8 @@ class Runner:
                 while plan is None and not expired and not self._stopping:
                     self._changed.wait()
                     plan, expired = self._next()
+                if expired:
+                    self._changed.notify_all()  # a drain may wait for them
             for job in expired:
                 job.done(None, DeadlineExceeded("the request's time was up before its turn came"))
             if plan is None and not expired:

@@ -79,8 +79,7 @@ class Service:
         the policy's defaults. Raises ``BadInput`` for what does not fit, ``UnknownName``, ``Conflict`` when the stream
         exists otherwise or the policy cannot run on the model, and ``QueueFull`` beyond the limit on streams.
         """
-        if not STREAM_ID.fullmatch(id):
-            raise BadInput(f"a stream id has 1 to 128 of A-Z a-z 0-9 . _ : -, got {id[:150]!r}")
+        _check_id(id)
         existing = self._streams.get(id)
         if existing is not None and not replace:
             self._confirm(existing.stream, model, policy, settings)
@@ -107,7 +106,8 @@ class Service:
             adapt=adapt is not False,
         )
         if existing is not None:
-            self._drop(existing.stream)
+            # Nobody waits for it; a shutdown that gives it up is not worth a complaint.
+            self._drop(existing.stream).add_done_callback(lambda dropped: dropped.cancelled() or dropped.exception())
         self._streams[id] = _Open(stream)
         return stream, True
 
@@ -215,6 +215,12 @@ class Service:
                     f"does itself; got values from {low:g} to {high:g}"
                 )
 
+    def check_room(self) -> None:
+        """Raises ``QueueFull`` when no request could be queued now. True until the next await: only the loop queues."""
+        waiting, limit = self._runner.waiting, self.settings.limits.queue
+        if waiting >= limit:
+            raise QueueFull(f"{waiting} requests wait already; the limit is limits.queue = {limit}")
+
     # The rest
 
     def model(self, name: str | None) -> SourceModel:
@@ -263,8 +269,9 @@ class Service:
             )
 
     def _open(self, id: str) -> _Open:
+        _check_id(id)
         if id not in self._streams:
-            raise UnknownName(f"no stream {id[:150]!r}; create it with PUT /v1/streams/<id>")
+            raise UnknownName(f"no stream {id!r}; create it with PUT /v1/streams/<id>")
         return self._streams[id]
 
     def _launch(
@@ -331,6 +338,11 @@ class Service:
 
         self._runner.submit(Job(stream, _on(loop, finish), command=command))
         return future
+
+
+def _check_id(id: str) -> None:
+    if not STREAM_ID.fullmatch(id):
+        raise BadInput(f"a stream id has 1 to 128 of A-Z a-z 0-9 . _ : -, got {id[:150]!r}")
 
 
 Done = Callable[[Answer | None, Exception | None], None]

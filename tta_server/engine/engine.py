@@ -172,15 +172,15 @@ class Engine:
         signals: list[dict[str, float]] = [{} for _ in jobs]
         try:
             step = _finish(running)
+            for name, values in step.signals.items():
+                for own, value in zip(signals, values.tolist(), strict=True):
+                    own[name] = value
             kept = [False] * len(jobs)
             if lease is not None:
                 kept = self.store.commit(lease, step.state, finite)
         except Exception:  # the answers have left; nothing was committed, the streams stay as they were
             log.exception("adaptation failed", extra={"streams": [job.stream.id for job in jobs]})
-            return ["failed"] * len(jobs), signals
-        for name, values in step.signals.items():
-            for own, value in zip(signals, values.tolist(), strict=True):
-                own[name] = value
+            return ["failed"] * len(jobs), [{} for _ in jobs]
         if lease is None:
             return ["none" if one else "rejected_nonfinite" for one in finite], signals
         return ["applied" if keep else "rejected_nonfinite" for keep in kept], signals

@@ -46,7 +46,8 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         if error.status_code == 405:
             # The framework names the methods of one route only, and a path can have several.
             matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
-            allowed = ", ".join(sorted({method for route in matching for method in getattr(route, "methods", ())}))
+            methods = {method for route in matching for method in getattr(route, "methods", ())}
+            allowed = ", ".join(sorted(methods)) or (error.headers or {}).get("Allow", "")
             text = f"{request.method} is not allowed on {request.url.path}, only {allowed}"
             return problem(405, text, {"Allow": allowed})
         return problem(error.status_code, str(error.detail), dict(error.headers or {}))

@@ -79,7 +79,11 @@ class Prediction(BaseModel):
     inference_seconds: float
 
 
-class InferInput(BaseModel):
+class _V2(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class InferInput(_V2):
     """One input tensor of the Open Inference Protocol."""
 
     name: str
@@ -89,14 +93,14 @@ class InferInput(BaseModel):
     data: Any = None
 
 
-class InferOutput(BaseModel):
+class InferOutput(_V2):
     """One requested output."""
 
     name: str
     parameters: dict[str, Any] = {}
 
 
-class InferRequest(BaseModel):
+class InferRequest(_V2):
     """Open Inference Protocol V2 inference request."""
 
     id: str | None = None

@@ -90,6 +90,7 @@ def router(service: Service) -> APIRouter:
         async def answer_it() -> tuple[Answer, bool]:
             # Nothing is awaited between finding the stream and queueing in it: nobody gets in between.
             if controls.stream is not None:
+                service.check_room()
                 known = controls.start or controls.stream == service.settings.streams.default
                 if not known and service.settings.streams.unknown_id == "refuse":
                     service.stream(controls.stream)

@@ -1,0 +1,518 @@
+"""The stream-wise norm layers against plain formulas, one stream at a time, with autograd for the gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapters.base import BATCH_NORM, SOURCE_NORM, Norm, Segments, Tensors
+from tta_server.engine.forward import StreamwiseNetwork
+from tta_server.engine.norm import (
+    Conduit,
+    Pass,
+    StreamBatchNorm,
+    StreamGroupNorm,
+    StreamLayerNorm,
+    StreamNorm,
+    replace_norms,
+)
+from tta_server.settings import InputSettings
+
+CHANNELS = 4
+SIZES = ([3, 1, 5], [2, 2], [6])
+"""Rows by stream."""
+POSITIONS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+    "1d": (nn.BatchNorm1d, ()),
+    "1d-sequence": (nn.BatchNorm1d, (3,)),
+    "2d": (nn.BatchNorm2d, (3, 2)),
+    "3d": (nn.BatchNorm3d, (2, 1, 3)),
+}
+"""Layer type and what follows the channel dimension of its input."""
+NORMS = {
+    "source": SOURCE_NORM,
+    "batch": BATCH_NORM,
+    "blend": Norm(0.3),
+    "blend-nearly-all": Norm(0.999),
+    "running": Norm(0.2, running=True),
+    "running-all": Norm(1.0, running=True),
+    "running-none": Norm(0.0, running=True),
+}
+OWN = {
+    "shared": (),
+    "affine": ("weight", "bias"),
+    "statistics": ("running_mean", "running_var"),
+    "all": ("weight", "bias", "running_mean", "running_var"),
+}
+"""Which of the layer's tensors each stream has of its own."""
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def batch_norm(kind: type[nn.Module] = nn.BatchNorm2d, **settings: Any) -> Any:
+    """A trained-looking layer: statistics and affine parameters far from 0 and 1."""
+    layer = kind(CHANNELS, **settings).double().eval()
+    with torch.no_grad():
+        for index, (name, value) in enumerate((*layer.named_parameters(), *layer.named_buffers())):
+            if value.dim():
+                value.copy_(
+                    0.5 + uniform(CHANNELS, seed=index)
+                    if "var" in name or "w" in name
+                    else normal(CHANNELS, seed=index)
+                )
+    return layer.requires_grad_(False)
+
+
+def own_tensors(names: tuple[str, ...], streams: int) -> Tensors:
+    """Tensors ``[S, channels]`` that differ from stream to stream, by the layer's name ``bn``."""
+    made = {}
+    for index, name in enumerate(names):
+        positive = name in ("weight", "running_var")
+        shape = (streams, CHANNELS)
+        made[f"bn.{name}"] = 0.5 + uniform(*shape, seed=90 + index) if positive else normal(*shape, seed=90 + index)
+    return made
+
+
+def streamwise(layer: nn.Module, now: Pass, name: str = "bn", kind: type[StreamNorm] = StreamBatchNorm) -> nn.Module:
+    """The engine's layer in place of ``layer``, with its current pass set."""
+    conduit = Conduit()
+    conduit.current = now
+    return kind(layer, name, conduit)
+
+
+def plain_batch_norm(x: Tensor, tensors: Tensors, norm: Norm, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One stream, from the definition: the output, and the mean and variance that normalised it."""
+    dims = [0, *range(2, x.dim())]
+    n = x.numel() // x.shape[1]
+    mean, var = tensors["running_mean"], tensors["running_var"]
+    if norm.weight and n > 1:
+        batch_mean = x.mean(dims)
+        pure = norm.weight == 1 and not norm.running
+        batch_var = x.var(dims, correction=0 if pure else 1)
+        mean = (1 - norm.weight) * mean + norm.weight * batch_mean
+        var = (1 - norm.weight) * var + norm.weight * batch_var
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    y = (x - mean.view(shape)) / torch.sqrt(var.view(shape) + eps)
+    return y * tensors["weight"].view(shape) + tensors["bias"].view(shape), mean, var
+
+
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("mode", NORMS)
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_batch_norm_equals_the_definition(positions: str, mode: str, own: str, sizes: list[int]) -> None:
+    """Values, new statistics and gradients (of the input, scales and shifts) in every mode, for ragged streams, where a
+    stream with a single value per channel (one row, no positions) keeps the reference."""
+    kind, after = POSITIONS[positions]
+    layer, norm, segments = batch_norm(kind), NORMS[mode], Segments(sizes)
+    weights = own_tensors(OWN[own], len(sizes))
+    trained = [value.requires_grad_() for key, value in weights.items() if "running" not in key]
+    x = (1.5 * normal(sum(sizes), CHANNELS, *after, seed=7) + 0.3).requires_grad_()
+    probe = normal(*x.shape, seed=8)
+
+    now = Pass(segments, weights, norm)
+    y = streamwise(layer, now)(x)
+    gradients = torch.autograd.grad((y * probe).sum(), [x, *trained])
+
+    parts, means, variances = [], [], []
+    for index, rows in enumerate(x.split(sizes)):
+        tensors = {name: getattr(layer, name) for name in OWN["all"]}
+        tensors |= {key.removeprefix("bn."): value[index] for key, value in weights.items()}
+        part, mean, var = plain_batch_norm(rows, tensors, norm, layer.eps)
+        parts.append(part)
+        means.append(mean.detach())
+        variances.append(var.detach())
+    expected = torch.cat(parts)
+    expected_gradients = torch.autograd.grad((expected * probe).sum(), [x, *trained])
+
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+    if norm.running:
+        assert now.statistics.keys() == {"bn.running_mean", "bn.running_var"}
+        for name, rows in (("mean", means), ("var", variances)):
+            value = now.statistics[f"bn.running_{name}"]
+            assert not value.requires_grad
+            torch.testing.assert_close(value.expand(len(sizes), -1), torch.stack(rows), rtol=1e-12, atol=1e-12)
+    else:
+        assert not now.statistics
+
+
+@pytest.mark.parametrize("mode", NORMS)
+def test_batch_norm_passes_gradcheck(mode: str) -> None:
+    """The written-out backward pass against finite differences, streams of one to three rows, affine shared or own."""
+    segments, norm = Segments([2, 1, 3]), NORMS[mode]
+    statistics = own_tensors(OWN["statistics"] if norm.running else (), 3)
+    layer = batch_norm()
+
+    def of_own(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        now = Pass(segments, statistics | {"bn.weight": gamma, "bn.bias": beta}, norm)
+        return torch.as_tensor(streamwise(layer, now)(x))
+
+    def of_shared(x: Tensor) -> Tensor:
+        return torch.as_tensor(streamwise(layer, Pass(segments, statistics, norm))(x))
+
+    x = normal(6, CHANNELS, 2, 1, seed=1).requires_grad_()
+    gamma, beta = (0.5 + uniform(3, CHANNELS)).requires_grad_(), normal(3, CHANNELS, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(of_own, (x, gamma, beta))
+    assert torch.autograd.gradcheck(of_shared, (x,))
+
+
+def test_batch_norm_in_training_is_torchs() -> None:
+    """A single stream in batch mode is ``F.batch_norm`` in training, values and gradients."""
+    layer = batch_norm()
+    x = normal(5, CHANNELS, 3, 3).requires_grad_()
+    weight, bias = layer.weight.clone().requires_grad_(), layer.bias.clone().requires_grad_()
+    now = Pass(Segments([5]), {"bn.weight": weight.unsqueeze(0), "bn.bias": bias.unsqueeze(0)}, BATCH_NORM)
+    found = streamwise(layer, now)(x)
+    expected = F.batch_norm(x, None, None, weight, bias, training=True, eps=layer.eps)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    probe = normal(*x.shape, seed=3)
+    for one, other in zip(
+        torch.autograd.grad((found * probe).sum(), [x, weight, bias]),
+        torch.autograd.grad((expected * probe).sum(), [x, weight, bias]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+def test_batch_norm_of_a_single_value_keeps_the_reference() -> None:
+    """One row of a 1d layer: output by the reference statistics, with its plain gradient, and statistics unmoved."""
+    layer = batch_norm(nn.BatchNorm1d)
+    for norm in (BATCH_NORM, Norm(0.3), Norm(0.3, running=True)):
+        x = normal(2, CHANNELS).requires_grad_()
+        now = Pass(Segments([1, 1]), {}, norm)
+        y = streamwise(layer, now)(x)
+        torch.testing.assert_close(y, layer(x), rtol=1e-12, atol=1e-12)
+        slope = torch.autograd.grad(y.sum(), x)[0]
+        torch.testing.assert_close(slope, (layer.weight / (layer.running_var + layer.eps).sqrt()).expand(2, -1))
+        if norm.running:
+            assert torch.equal(now.statistics["bn.running_mean"], layer.running_mean.expand(2, -1))
+            assert torch.equal(now.statistics["bn.running_var"], layer.running_var.expand(2, -1))
+
+
+def test_batch_norm_is_stable_in_float32_far_from_zero() -> None:
+    """No difference of large squares: a mean 1000 times the deviation costs few digits of the variance."""
+    layer = batch_norm().float()
+    x = normal(6, CHANNELS, 4, 4) + 1000
+    segments = Segments([4, 2])
+    found = streamwise(layer, Pass(segments, {}, BATCH_NORM))(x.float())
+    exact = streamwise(batch_norm(), Pass(segments, {}, BATCH_NORM))(x.float().double())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-3)
+
+
+def test_batch_norm_takes_channels_last() -> None:
+    """A memory format is not a value."""
+    x = normal(4, CHANNELS, 3, 2)
+    now = Pass(Segments([3, 1]), {}, BATCH_NORM)
+    layer = streamwise(batch_norm(), now)
+    torch.testing.assert_close(layer(x.contiguous(memory_format=torch.channels_last)), layer(x))
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_batch_norm_without_statistics_uses_the_batch(positions: str) -> None:
+    """``track_running_stats=False``: the source itself normalises with the batch, so every mode does, per stream."""
+    kind, after = POSITIONS[positions]
+    layer = batch_norm(kind, track_running_stats=False)
+    x = normal(7, CHANNELS, *after).requires_grad_()
+    for norm in NORMS.values():
+        now = Pass(Segments([3, 4]), {}, norm)
+        y = streamwise(layer, now)(x)
+        torch.testing.assert_close(y, torch.cat([layer(x[:3]), layer(x[3:])]), rtol=1e-10, atol=1e-10)
+        assert not now.statistics
+    gradient = torch.autograd.grad((y * normal(*x.shape, seed=4)).sum(), x)[0]
+    expected = torch.cat([layer(x[:3]), layer(x[3:])])
+    wanted = torch.autograd.grad((expected * normal(*x.shape, seed=4)).sum(), x)[0]
+    torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", NORMS)
+def test_batch_norm_without_affine(mode: str) -> None:
+    """``affine=False``: as with scale 1 and shift 0, and there is nothing to adapt."""
+    layer, norm = batch_norm(affine=False), NORMS[mode]
+    x = normal(6, CHANNELS, 3, 2)
+    weights = own_tensors(OWN["statistics"], 2)
+    y = streamwise(layer, Pass(Segments([4, 2]), weights, norm))(x)
+    ones = {"weight": torch.ones(CHANNELS, dtype=torch.float64), "bias": torch.zeros(CHANNELS, dtype=torch.float64)}
+    parts = [
+        plain_batch_norm(rows, ones | {key[3:]: value[i] for key, value in weights.items()}, norm, layer.eps)[0]
+        for i, rows in enumerate(x.split([4, 2]))
+    ]
+    torch.testing.assert_close(y, torch.cat(parts), rtol=1e-10, atol=1e-10)
+
+
+def test_observing_measures_the_distance_to_the_source() -> None:
+    """``mean_c [(m - M)^2 + (sqrt v - sqrt V)^2] / V`` per stream, and the output is what it is without observing."""
+    layer, x = batch_norm(), normal(7, CHANNELS, 3, 2) * 2 + 1
+    now = Pass(Segments([4, 3]), {}, SOURCE_NORM, observe=True)
+    assert torch.equal(streamwise(layer, now)(x), layer(x))
+    expected = []
+    for rows in x.split([4, 3]):
+        mean, var = rows.mean((0, 2, 3)), rows.var((0, 2, 3), correction=0)
+        squared = (mean - layer.running_mean) ** 2 + (var.sqrt() - layer.running_var.sqrt()) ** 2
+        expected.append((squared / layer.running_var).mean())
+    torch.testing.assert_close(now.distances, [torch.stack(expected)])
+    unseen = Pass(Segments([4, 3]))
+    streamwise(layer, unseen)(x)
+    assert unseen.distances == []
+
+
+def affine(layer: nn.Module, streams: int, seed: int = 30) -> Tensors:
+    """Own scales and shifts of a layer named ``n``, ``[S, *shape]``; only those that the layer has."""
+    return {
+        f"n.{name}": normal(streams, *value.shape, seed=seed + index).requires_grad_()
+        for index, (name, value) in enumerate(layer.named_parameters())
+    }
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], type[StreamNorm]]] = {
+    "layer-vector": (lambda: nn.LayerNorm(CHANNELS), (CHANNELS,), StreamLayerNorm),
+    "layer-tokens": (lambda: nn.LayerNorm(CHANNELS), (5, CHANNELS), StreamLayerNorm),
+    "layer-token-grid": (lambda: nn.LayerNorm(CHANNELS), (2, 3, CHANNELS), StreamLayerNorm),
+    "layer-two-dims": (lambda: nn.LayerNorm((3, CHANNELS)), (2, 3, CHANNELS), StreamLayerNorm),
+    "layer-no-bias": (lambda: nn.LayerNorm(CHANNELS, bias=False), (5, CHANNELS), StreamLayerNorm),
+    "group-image": (lambda: nn.GroupNorm(2, CHANNELS), (CHANNELS, 3, 2), StreamGroupNorm),
+    "group-vector": (lambda: nn.GroupNorm(2, CHANNELS), (CHANNELS,), StreamGroupNorm),
+    "group-sequence": (lambda: nn.GroupNorm(1, CHANNELS), (CHANNELS, 5), StreamGroupNorm),
+}
+"""Layer, shape of one input row, and its stand-in."""
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_and_group_norm_equal_torchs_per_stream(name: str, sizes: list[int]) -> None:
+    """Values and gradients with every stream's own scale and shift; images, vectors and transformer tokens."""
+    make, shape, kind = LAYERS[name]
+    layer = make().double().requires_grad_(False)
+    weights = affine(layer, len(sizes))
+    x = (1.5 * normal(sum(sizes), *shape, seed=5) + 0.7).requires_grad_()
+    y = streamwise(layer, Pass(Segments(sizes), weights, BATCH_NORM), "n", kind)(x)
+    parts = []
+    for index, rows in enumerate(x.split(sizes)):
+        own = {key.removeprefix("n."): value[index] for key, value in weights.items()}
+        parts.append(torch.func.functional_call(layer, own, (rows,)))
+    expected = torch.cat(parts)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    probe = normal(*x.shape, seed=6)
+    for found, wanted in zip(
+        torch.autograd.grad((y * probe).sum(), [x, *weights.values()]),
+        torch.autograd.grad((expected * probe).sum(), [x, *weights.values()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_and_group_norm_of_the_source_are_torchs(name: str) -> None:
+    """Without own weights: the original layer, bit for bit."""
+    make, shape, kind = LAYERS[name]
+    layer = make().double().requires_grad_(False)
+    for index, parameter in enumerate(layer.parameters()):
+        parameter.copy_(normal(*parameter.shape, seed=index))
+    x = normal(6, *shape)
+    assert torch.equal(streamwise(layer, Pass(Segments([4, 2])), "n", kind)(x), layer(x))
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm(CHANNELS, elementwise_affine=False), nn.GroupNorm(2, 4, affine=False)])
+def test_layers_without_affine_stay_what_they_are(layer: nn.Module) -> None:
+    """There is nothing of a stream's own in them."""
+    kind = StreamLayerNorm if isinstance(layer, nn.LayerNorm) else StreamGroupNorm
+    x = normal(6, CHANNELS)
+    assert torch.equal(streamwise(layer, Pass(Segments([4, 2]), {}, BATCH_NORM), "n", kind)(x), layer(x))
+
+
+@pytest.mark.parametrize("name", ["bn", "layer", "group"])
+@pytest.mark.parametrize("own", ["weight", "bias"])
+def test_scale_and_shift_may_be_own_one_by_one(name: str, own: str) -> None:
+    """``Forward``'s contract: keys that are missing come from the source, and only those."""
+    layer: nn.Module = {
+        "bn": nn.BatchNorm1d(CHANNELS),
+        "layer": nn.LayerNorm(CHANNELS),
+        "group": nn.GroupNorm(2, CHANNELS),
+    }[name]
+    kind = {"bn": StreamBatchNorm, "layer": StreamLayerNorm, "group": StreamGroupNorm}[name]
+    layer = layer.double().eval().requires_grad_(False)
+    mine = normal(2, CHANNELS, seed=1).requires_grad_()
+    x = normal(5, CHANNELS)
+    y = streamwise(layer, Pass(Segments([2, 3]), {f"n.{own}": mine}, SOURCE_NORM), "n", kind)(x)
+    parts = [torch.func.functional_call(layer, {own: mine[i]}, (rows,)) for i, rows in enumerate(x.split([2, 3]))]
+    torch.testing.assert_close(y, torch.cat(parts), rtol=1e-10, atol=1e-10)
+    probe = normal(*x.shape, seed=2)
+    found, wanted = (torch.autograd.grad((one * probe).sum(), mine)[0] for one in (y, torch.cat(parts)))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+
+
+# --- replacing a model's layers ----------------------------------------------------------------------------------
+
+
+class MyBatchNorm(nn.BatchNorm2d):
+    """Does something of its own in its forward pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+def run(network: nn.Module, names: tuple[str, ...], now: Pass, x: Tensor, head: str) -> Tensor:
+    """The network served stream-wise; checks which layers were replaced."""
+    served = StreamwiseNetwork(copy.deepcopy(network), InputSettings(shape=x.shape[1:]), head, torch.device("cpu"))
+    assert tuple(served.norm_layers) == names
+    return served.run(now, x).logits
+
+
+def test_replaces_known_layers_and_keeps_their_names() -> None:
+    """All five kinds, at any depth; parameters keep their names and values."""
+    network = nn.Sequential(
+        nn.Conv2d(3, CHANNELS, 1),
+        nn.BatchNorm2d(CHANNELS),
+        nn.Sequential(nn.GroupNorm(2, CHANNELS), nn.Sequential(nn.ReLU())),
+        nn.Flatten(),
+        nn.LayerNorm(CHANNELS * 4),
+        nn.BatchNorm1d(CHANNELS * 4),
+    )
+    before = network.state_dict()
+    replaced = replace_norms(network, Conduit())
+    assert replaced == ["1", "4", "5", "2.0"] or sorted(replaced) == ["1", "2.0", "4", "5"]
+    kinds = {name: type(module) for name, module in network.named_modules() if isinstance(module, StreamNorm)}
+    assert kinds == {"1": StreamBatchNorm, "2.0": StreamGroupNorm, "4": StreamLayerNorm, "5": StreamBatchNorm}
+    after = network.state_dict()
+    assert {key for key in before if "num_batches" not in key} == after.keys()
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+
+
+def test_leaves_a_subclass_alone() -> None:
+    """A subclass may do more than its base, so it runs as trained, in evaluation mode."""
+    mine = MyBatchNorm(3).double()
+    assert mine.running_mean is not None
+    mine.running_mean.copy_(normal(3))
+    network = nn.Sequential(mine, nn.BatchNorm2d(3).double(), nn.Flatten(), nn.Linear(12, 2).double()).eval()
+    x = normal(4, 3, 2, 2)
+    found = run(network, ("1",), Pass(Segments([1, 3]), {}, BATCH_NORM), x, "3")
+    middle = mine(x)
+    parts = [F.batch_norm(rows, None, None, training=True) for rows in middle.split([1, 3])]
+    torch.testing.assert_close(found, network[3](torch.cat(parts).flatten(1)), rtol=1e-9, atol=1e-10)
+
+
+class Twice(nn.Module):
+    """One batch norm at two places, registered in one of three ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        shared = batch_norm(nn.BatchNorm1d)
+        self.first = nn.Linear(3, CHANNELS).double()
+        self.norm = shared
+        self.second = nn.Linear(CHANNELS, CHANNELS).double()
+        self.again: nn.Module = {
+            "same_name": nn.Identity(),
+            "same_parent": shared,
+            "two_parents": nn.Sequential(shared),
+        }[how]
+        self.how = how
+        self.head = nn.Linear(CHANNELS, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.norm(self.first(x)).tanh())
+        x = self.norm(x) if self.how == "same_name" else self.again(x)
+        return torch.as_tensor(self.head(x))
+
+
+@pytest.mark.parametrize("how", ["same_name", "same_parent", "two_parents"])
+def test_a_layer_in_two_places_stays_one_layer(how: str) -> None:
+    """Both uses take the stream's own scale and shift and its own statistics."""
+    network = Twice(how).eval().requires_grad_(False)
+    weights = {
+        "norm.weight": (0.5 + uniform(2, CHANNELS)).requires_grad_(),
+        "norm.bias": normal(2, CHANNELS, seed=3).requires_grad_(),
+    }
+    x = normal(7, 3)
+    found = run(network, ("norm",), Pass(Segments([4, 3]), weights, BATCH_NORM), x, "head")
+    parts = []
+    for index, rows in enumerate(x.split([4, 3])):
+        own = weights["norm.weight"][index], weights["norm.bias"][index]
+        hidden = network.second(F.batch_norm(network.first(rows), None, None, *own, training=True).tanh())
+        parts.append(network.head(F.batch_norm(hidden, None, None, *own, training=True)))
+    expected = torch.cat(parts)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    probe = normal(*found.shape, seed=4)
+    for one, other in zip(
+        torch.autograd.grad((found * probe).sum(), list(weights.values())),
+        torch.autograd.grad((expected * probe).sum(), list(weights.values())),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post_norm", "pre_norm"])
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "adapting"])
+def test_transformer_encoder_uses_the_streams_layer_norms(norm_first: bool, grad: bool) -> None:
+    """torch's own encoder layer has a fast path that reads its norms' weights without calling them; a stream's scale
+    and shift must arrive all the same."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(
+                8, 2, dim_feedforward=8, dropout=0.0, batch_first=True, norm_first=norm_first
+            )
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.head(self.layer(x).mean(1)))
+
+    torch.manual_seed(0)
+    network = Tokens().double().eval().requires_grad_(False)
+    names = ("layer.norm1.weight", "layer.norm1.bias", "layer.norm2.weight", "layer.norm2.bias")
+    weights = {name: normal(2, 8, seed=index) for index, name in enumerate(names)}
+    x = normal(5, 4, 8)
+    with torch.set_grad_enabled(grad):
+        own = {key: value.requires_grad_(grad) for key, value in weights.items()}
+        found = run(network, ("layer.norm1", "layer.norm2"), Pass(Segments([2, 3]), own, SOURCE_NORM), x, "head")
+    parts = [
+        torch.func.functional_call(network, {key: value[index] for key, value in weights.items()}, (rows,))
+        for index, rows in enumerate(x.split([2, 3]))
+    ]
+    torch.testing.assert_close(found, torch.cat(parts), rtol=1e-9, atol=1e-10)
+    assert found.requires_grad == grad
+
+
+def test_a_norm_layer_outside_of_a_pass_refuses() -> None:
+    """Better an error than another stream's statistics."""
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    served = StreamwiseNetwork(network, InputSettings(shape=(3,)), "1", torch.device("cpu"))
+    served.run(Pass(Segments([2])), torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="outside"):
+        network(torch.zeros(2, 3))
+
+
+def test_a_failed_pass_leaves_nothing_behind() -> None:
+    """After an error in the network the next pass starts clean, and none is current."""
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).double()
+    served = StreamwiseNetwork(network, InputSettings(shape=(3,)), "1", torch.device("cpu"))
+    with pytest.raises(RuntimeError):
+        served.run(Pass(Segments([2]), {"0.weight": torch.ones(2, 99)}), normal(2, 3))
+    with pytest.raises(RuntimeError, match="outside"):
+        network(normal(2, 3))
+    assert served.run(Pass(Segments([2])), normal(2, 3)).features.shape == (2, 3)
+
+
+def test_inputs_are_normalised_before_the_network() -> None:
+    """``(x - mean) / std`` per channel is part of the model; features are what enters the head."""
+    network = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(12, 2)).double().eval()
+    plain = copy.deepcopy(network)
+    spec = InputSettings(shape=(2, 2, 2), mean=(0.5, -1.0), std=(2.0, 0.25))
+    output = StreamwiseNetwork(network, spec, "2", torch.device("cpu")).run(Pass(Segments([3])), normal(3, 2, 2, 2))
+    mean, std = torch.tensor([0.5, -1.0]).view(2, 1, 1), torch.tensor([2.0, 0.25]).view(2, 1, 1)
+    x = (normal(3, 2, 2, 2) - mean) / std
+    torch.testing.assert_close(output.logits, plain(x))
+    torch.testing.assert_close(output.features, plain[:2](x))

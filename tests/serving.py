@@ -1,0 +1,243 @@
+"""What the tests of the serving half share: a tiny network and its config, a device to run it on, ways to hold it.
+
+Nothing here registers a policy, and nothing waits for time to pass: threads are held and released by events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor, nn
+
+from adapters import Policy, rng
+from adapters.base import State
+from adapters.tent import Tent
+from tta_server import app
+from tta_server.drift.monitor import Monitor
+from tta_server.engine.engine import Engine
+from tta_server.engine.source import SourceModel
+from tta_server.runner import Runner
+from tta_server.scheduler import Bounds, Scheduler
+from tta_server.settings import Settings, load_settings
+from tta_server.state.store import StateStore
+from tta_server.types import Answer, Job, Lane, StepStats, Stream
+
+MODEL = "tiny"
+CLASSES = ("ant", "bee", "cat", "dog", "elk")
+LR = 0.01
+"""The config's preset for TENT: large enough that a few steps of a tiny network show."""
+TIMEOUT = 20.0
+"""Seconds after which a wait that should end at once counts as stuck."""
+
+
+class TinyNetwork(nn.Module):
+    """Two batch norms, input ``[3, 8, 8]``, 5 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 8, 3, stride=2), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn2(self.conv2(x)))
+        scores: Tensor = self.head(x.mean((2, 3)))
+        return scores
+
+
+def tiny_network() -> nn.Module:
+    """The network with fixed weights, none of them trivial."""
+    network, generator = TinyNetwork(), torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if tensor.is_floating_point():
+                drawn = torch.rand(tensor.shape, generator=generator)
+                positive = "running_var" in name or ("bn" in name and "weight" in name)
+                tensor.copy_(0.5 + drawn if positive else (2 * drawn - 1) * (2.0 if "head" in name else 0.5))
+    return network.eval()
+
+
+def rows(count: int, seed: int = 0) -> Tensor:
+    """Inputs ``[count, 3, 8, 8]`` in [0, 0.9], of a brightness and contrast that depend on ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = torch.rand(2, generator=generator).mul(0.45).add(torch.tensor([0.0, 0.45])).tolist()
+    x: Tensor = low + (high - low) * torch.rand(count, 3, 8, 8, generator=generator)
+    return x
+
+
+def write_config(folder: Path, **sections: Any) -> Path:
+    """Writes the weights and a config file into ``folder``; ``sections`` replace the config's own."""
+    safetensors.torch.save_file(tiny_network().state_dict(), folder / "tiny.safetensors")
+    config: dict[str, Any] = {
+        "models": {
+            MODEL: {
+                "factory": "tests.serving:TinyNetwork",
+                "weights": "tiny.safetensors",
+                "input": {"shape": [3, 8, 8]},
+                "classes": list(CLASSES),
+                "policies": {"tent": {"lr": LR}},
+            }
+        },
+        "server": {"device": "cpu"},
+        "monitor": {"shadow_ratio": 0.5},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config | sections), encoding="utf-8")
+    return path
+
+
+def load(folder: Path) -> tuple[Settings, dict[str, SourceModel]]:
+    """The tiny model, from a config written into ``folder``."""
+    settings = load_settings(write_config(folder))
+    return settings, app.load_models(settings)
+
+
+def varied(settings: Settings, **sections: Mapping[str, Any]) -> Settings:
+    """The settings with some of their values replaced, as ``limits={"queue": 2}``."""
+    changes = {
+        name: Settings.model_fields[name].annotation.model_validate({**getattr(settings, name).model_dump(), **values})  # type: ignore[union-attr]  # a section
+        for name, values in sections.items()
+    }
+    return settings.model_copy(update=changes)
+
+
+class Gate:
+    """A place where a thread stops until it is let through."""
+
+    def __init__(self) -> None:
+        self._entered, self._open = threading.Event(), threading.Event()
+
+    def pass_through(self) -> None:
+        """Called by the thread to be held."""
+        self._entered.set()
+        assert self._open.wait(TIMEOUT), "nobody opened the gate"
+
+    def reached(self) -> None:
+        """Returns once a thread is held here."""
+        assert self._entered.wait(TIMEOUT), "nobody came to the gate"
+
+    async def reached_soon(self) -> None:
+        """The same, without holding the event loop."""
+        await asyncio.to_thread(self.reached)
+
+    def open(self) -> None:
+        """Lets everybody through, now and later."""
+        self._open.set()
+
+
+class Ending:
+    """A job's ``done``: keeps what it was called with, and every call."""
+
+    def __init__(self, order: list[Ending] | None = None) -> None:
+        self.calls: list[tuple[Answer | None, Exception | None]] = []
+        self._over, self._order = threading.Event(), order
+
+    def __call__(self, answer: Answer | None, error: Exception | None) -> None:
+        self.calls.append((answer, error))
+        if self._order is not None:
+            self._order.append(self)
+        self._over.set()
+
+    @property
+    def over(self) -> bool:
+        """Whether it was called."""
+        return self._over.is_set()
+
+    def answer(self) -> Answer:
+        """The answer, once it is there."""
+        answer, error = self._wait()
+        assert error is None, error
+        assert answer is not None, "a command's end"
+        return answer
+
+    def error(self) -> Exception:
+        """The error, once it is there."""
+        answer, error = self._wait()
+        assert answer is None
+        assert error is not None
+        return error
+
+    def ended(self) -> None:
+        """Returns once a command is over."""
+        assert self._wait() == (None, None)
+
+    def _wait(self) -> tuple[Answer | None, Exception | None]:
+        assert self._over.wait(TIMEOUT), "the job never ended"
+        assert len(self.calls) == 1, "done was called more than once"
+        return self.calls[0]
+
+
+class StepList:
+    """A recorder that keeps the steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepStats] = []
+
+    def step(self, stats: StepStats) -> None:
+        self.steps.append(stats)
+
+    def request(self, model: str, route: str, code: int, seconds: float) -> None:
+        raise AssertionError("nothing here speaks HTTP")
+
+    def results(self) -> list[str]:
+        """The results of all jobs, in order."""
+        return [job.result for stats in self.steps for job in stats.jobs]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A real runner with all that is below it, over the tiny model."""
+
+    store: StateStore
+    engine: Engine
+    scheduler: Scheduler
+    recorder: StepList
+    runner: Runner
+
+    def state(self, lane: Lane, stream: Stream) -> State:
+        """A copy of a stream's state. For when the runner is idle."""
+        return self.store.export(lane, stream)
+
+
+def make_device(
+    settings: Settings, models: Mapping[str, SourceModel], clock: Callable[[], float] = time.monotonic
+) -> Device:
+    """Wires a runner up as the server does; it is not started."""
+    limits = settings.limits
+    store = StateStore(limits.slots, torch.device("cpu"))
+    engine = Engine(models, store, Monitor(settings.monitor.half_life), settings.monitor.shadow_ratio)
+    scheduler = Scheduler(Bounds(limits.batch_rows, limits.slots, limits.queue_per_stream, limits.queue))
+    recorder = StepList()
+    return Device(store, engine, scheduler, recorder, Runner(engine, scheduler, recorder, clock))
+
+
+def stream_of(policy: Policy, id: str = "s") -> Stream:
+    """A new stream of the tiny model."""
+    return Stream(id, MODEL, policy, rng.stream_key(id), created=0.0)
+
+
+def hold(runner: Runner) -> Gate:
+    """Keeps the runner's thread from running anything until the gate is opened. It is held when this returns."""
+    gate = Gate()
+    runner.submit(Job(Stream("holder", MODEL, Tent(), 0, 0.0), lambda *_: None, command=gate.pass_through))
+    gate.reached()
+    return gate
+
+
+def same_state(one: State, other: State) -> bool:
+    """Whether two states are equal bit for bit."""
+    pairs = [(one.weights, other.weights), (one.memory, other.memory)]
+    return all(
+        a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+        for a, b in pairs
+    )

@@ -1,0 +1,454 @@
+"""Who goes next: examples for every rule, and a stateful comparison with a scheduler made of one plain list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from adapters import Policy
+from tta_server.errors import QueueFull
+from tta_server.policies import make_policy
+from tta_server.scheduler import Bounds, Scheduler
+from tta_server.types import Answer, Job, Lane, Plan, Stream
+
+TENT, SOURCE = make_policy("tent", {}), make_policy("source", {})
+LANES = (Lane("digits", TENT), Lane("digits", SOURCE))
+
+
+def nobody(answer: Answer | None, error: Exception | None) -> None:
+    raise AssertionError("the scheduler answers no one")
+
+
+def nothing() -> None:
+    raise AssertionError("the scheduler runs nothing")
+
+
+def make_stream(name: str, policy: Policy = TENT) -> Stream:
+    return Stream(name, "digits", policy, random_key=0, created=0.0)
+
+
+def request(stream: Stream, rows: int = 1, lane: Lane = LANES[0], deadline: float = float("inf")) -> Job:
+    return Job(stream, nobody, lane, torch.empty(rows, 1), deadline=deadline)
+
+
+def command(stream: Stream) -> Job:
+    return Job(stream, nobody, command=nothing)
+
+
+def submit(scheduler: Scheduler, *jobs: Job) -> None:
+    for job in jobs:
+        scheduler.submit(job)
+
+
+def jobs_of(plan: Plan | None) -> list[Job]:
+    assert plan is not None
+    return plan.jobs
+
+
+A, B, C = (make_stream(name) for name in "abc")
+
+
+def test_nothing_to_do() -> None:
+    """An empty scheduler has no plan, no expired jobs, and is idle."""
+    scheduler = Scheduler(Bounds())
+    assert scheduler.next_batch(0.0) is None
+    assert scheduler.expired() == []
+    assert scheduler.clear() == []
+    assert scheduler.idle
+    assert len(scheduler) == 0
+
+
+def test_merges_one_job_of_each_ready_stream() -> None:
+    """In the order they came; the second job of a stream waits until the first one's plan is complete."""
+    scheduler = Scheduler(Bounds())
+    first, other, second = request(A), request(B), request(A)
+    submit(scheduler, first, other, second)
+    assert len(scheduler) == 3
+    plan = scheduler.next_batch(0.0)
+    assert jobs_of(plan) == [first, other]
+    assert plan is not None
+    assert plan.lane == LANES[0]
+    assert len(scheduler) == 1
+    assert scheduler.next_batch(0.0) is None
+    assert not scheduler.idle
+    scheduler.complete(plan)
+    assert jobs_of(scheduler.next_batch(0.0)) == [second]
+
+
+def test_job_submitted_while_its_stream_is_busy_waits() -> None:
+    """A stream is in one running plan at most, whatever lane its next job is for."""
+    scheduler = Scheduler(Bounds())
+    submit(scheduler, request(A))
+    plan = scheduler.next_batch(0.0)
+    later = request(A, lane=LANES[1])
+    submit(scheduler, later)
+    assert scheduler.next_batch(0.0) is None
+    assert plan is not None
+    scheduler.complete(plan)
+    assert jobs_of(scheduler.next_batch(0.0)) == [later]
+
+
+def test_several_plans_run_at_once() -> None:
+    """Of different streams; each completes by itself."""
+    scheduler = Scheduler(Bounds(max_streams=1))
+    submit(scheduler, request(A), request(B))
+    first, second = scheduler.next_batch(0.0), scheduler.next_batch(0.0)
+    assert [job.stream for plan in (first, second) for job in jobs_of(plan)] == [A, B]
+    assert first is not None
+    assert second is not None
+    scheduler.complete(second)
+    assert not scheduler.idle
+    scheduler.complete(first)
+    assert scheduler.idle
+
+
+def test_max_rows_bounds_a_plan() -> None:
+    """Jobs are merged while they fit, in order: no later, smaller one overtakes."""
+    scheduler = Scheduler(Bounds(max_rows=8))
+    jobs = [request(A, 3), request(B, 6), request(C, 1)]
+    submit(scheduler, *jobs)
+    assert jobs_of(scheduler.next_batch(0.0)) == jobs[:1]
+    assert jobs_of(scheduler.next_batch(0.0)) == jobs[1:]
+
+
+def test_max_rows_may_be_met_exactly() -> None:
+    """Eight rows fit into eight."""
+    scheduler = Scheduler(Bounds(max_rows=8))
+    jobs = [request(A, 5), request(B, 3)]
+    submit(scheduler, *jobs)
+    assert jobs_of(scheduler.next_batch(0.0)) == jobs
+
+
+def test_one_job_may_exceed_max_rows() -> None:
+    """It runs, alone."""
+    scheduler = Scheduler(Bounds(max_rows=4))
+    jobs = [request(A, 9), request(B, 1)]
+    submit(scheduler, *jobs)
+    assert jobs_of(scheduler.next_batch(0.0)) == jobs[:1]
+    assert jobs_of(scheduler.next_batch(0.0)) == jobs[1:]
+
+
+def test_max_streams_bounds_a_plan() -> None:
+    """A plan holds no more streams than a lane has slots."""
+    scheduler = Scheduler(Bounds(max_streams=2))
+    submit(scheduler, *(request(stream) for stream in (A, B, C)))
+    assert [len(jobs_of(scheduler.next_batch(0.0))) for _ in range(2)] == [2, 1]
+
+
+def test_a_plan_is_of_one_lane_and_the_oldest_goes_first() -> None:
+    """The lane whose oldest ready job came first is next; jobs of another lane wait for their own plan."""
+    scheduler = Scheduler(Bounds())
+    jobs = [request(A, lane=LANES[1]), request(B, lane=LANES[0]), request(C, lane=LANES[1])]
+    submit(scheduler, *jobs)
+    plans = [scheduler.next_batch(0.0), scheduler.next_batch(0.0)]
+    assert [jobs_of(plan) for plan in plans] == [[jobs[0], jobs[2]], [jobs[1]]]
+    assert [plan and plan.lane for plan in plans] == [LANES[1], LANES[0]]
+
+
+def test_a_busy_lane_starves_no_other() -> None:
+    """New jobs of one lane do not go before an older one of another."""
+    scheduler = Scheduler(Bounds(max_streams=1))
+    patient = request(C, lane=LANES[1])
+    submit(scheduler, request(A), request(B), patient)
+    served: list[Job] = []
+    for _ in range(3):
+        plan = scheduler.next_batch(0.0)
+        assert plan is not None
+        served += plan.jobs
+        scheduler.complete(plan)
+        submit(scheduler, *(request(job.stream) for job in plan.jobs))
+    assert patient in served
+
+
+def test_a_command_takes_its_turn_alone() -> None:
+    """It runs after the requests before it and before those behind it, and shares no plan."""
+    scheduler = Scheduler(Bounds())
+    jobs = [request(A), command(A), request(A), command(B)]
+    submit(scheduler, *jobs)
+    ran: list[Sequence[Job]] = []
+    while (plan := scheduler.next_batch(0.0)) is not None:
+        assert (plan.lane is None) == (plan.jobs[0].command is not None)
+        ran.append(plan.jobs)
+        scheduler.complete(plan)
+    assert sorted(ran, key=lambda one: one[0].number) == [[job] for job in jobs]
+    assert [one[0] for one in ran if one[0].stream is A] == jobs[:3]
+
+
+def test_late_jobs_expire() -> None:
+    """A job whose deadline passed does not run and is handed out once; its stream's next one takes its place."""
+    scheduler = Scheduler(Bounds())
+    late, on_time, behind = request(A, deadline=5.0), request(B, deadline=6.0), request(A)
+    submit(scheduler, late, on_time, behind)
+    assert jobs_of(scheduler.next_batch(6.0)) == [on_time, behind]
+    assert scheduler.expired() == [late]
+    assert scheduler.expired() == []
+    assert len(scheduler) == 0
+
+
+def test_a_deadline_is_the_last_moment_to_start() -> None:
+    """At the deadline itself a job still runs."""
+    scheduler = Scheduler(Bounds())
+    job = request(A, deadline=5.0)
+    submit(scheduler, job)
+    assert jobs_of(scheduler.next_batch(5.0)) == [job]
+    assert scheduler.expired() == []
+
+
+def test_all_late_leaves_no_plan() -> None:
+    """Neither an empty plan nor a busy stream is left by jobs that all expired."""
+    scheduler = Scheduler(Bounds())
+    jobs = [request(A, deadline=1.0), request(B, deadline=1.0, lane=LANES[1]), request(A, deadline=1.0)]
+    submit(scheduler, *jobs)
+    assert scheduler.next_batch(2.0) is None
+    assert sorted(scheduler.expired(), key=lambda job: job.number) == jobs
+    assert scheduler.idle
+
+
+def test_cancel_takes_a_waiting_job_back() -> None:
+    """Once; the stream's others keep their order, also when the cancelled one was first in line."""
+    scheduler = Scheduler(Bounds())
+    jobs = [request(A), request(A, lane=LANES[1]), request(A)]
+    submit(scheduler, *jobs)
+    assert scheduler.cancel(jobs[0])
+    assert not scheduler.cancel(jobs[0])
+    assert scheduler.cancel(jobs[2])
+    assert len(scheduler) == 1
+    plan = scheduler.next_batch(0.0)
+    assert jobs_of(plan) == [jobs[1]]
+    assert not scheduler.cancel(jobs[1]), "it runs"
+    assert plan is not None
+    scheduler.complete(plan)
+    assert not scheduler.cancel(jobs[1]), "it is done"
+    assert scheduler.idle
+
+
+def test_cancel_while_the_stream_is_busy() -> None:
+    """The job behind a running one can go, and the stream becomes ready as usual afterwards."""
+    scheduler = Scheduler(Bounds())
+    running, waiting = request(A), request(A)
+    submit(scheduler, running)
+    plan = scheduler.next_batch(0.0)
+    submit(scheduler, waiting)
+    assert scheduler.cancel(waiting)
+    assert plan is not None
+    scheduler.complete(plan)
+    assert scheduler.idle
+    submit(scheduler, request(A))
+    assert scheduler.next_batch(0.0) is not None
+
+
+def test_bounds_are_kept_and_named() -> None:
+    """``QueueFull`` says how many wait and which setting says so; nothing was queued; commands always fit."""
+    scheduler = Scheduler(Bounds(per_stream=2, in_all=3))
+    submit(scheduler, request(A), request(A))
+    with pytest.raises(QueueFull, match=r"2 requests of stream 'a'.*limits\.queue_per_stream = 2"):
+        scheduler.submit(request(A))
+    submit(scheduler, request(B))
+    with pytest.raises(QueueFull, match=r"3 requests.*limits\.queue = 3"):
+        scheduler.submit(request(C))
+    assert len(scheduler) == 3
+    submit(scheduler, command(A), command(C))
+    assert len(scheduler) == 5
+
+
+def test_a_refused_first_job_leaves_no_trace() -> None:
+    """A stream whose only job was refused can be served later."""
+    scheduler = Scheduler(Bounds(in_all=1))
+    submit(scheduler, request(A))
+    refused = request(B)
+    with pytest.raises(QueueFull):
+        scheduler.submit(refused)
+    assert not scheduler.cancel(refused)
+    plan = scheduler.next_batch(0.0)
+    assert [job.stream for job in jobs_of(plan)] == [A]
+    submit(scheduler, request(B))
+    assert [job.stream for job in jobs_of(scheduler.next_batch(0.0))] == [B]
+
+
+def test_clear_hands_out_what_waits() -> None:
+    """Running plans still complete; what was cleared does not run."""
+    scheduler = Scheduler(Bounds())
+    jobs = [request(A), request(A), request(B, lane=LANES[1])]
+    submit(scheduler, *jobs)
+    plan = scheduler.next_batch(0.0)
+    assert scheduler.clear() == jobs[1:]
+    assert scheduler.next_batch(0.0) is None
+    assert len(scheduler) == 0
+    assert plan is not None
+    scheduler.complete(plan)
+    assert scheduler.idle
+
+
+class ListScheduler:
+    """The same rules on one list of waiting jobs, searched from the front every time."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.waiting: list[Job] = []
+        self.busy: set[Stream] = set()
+        self.expired: list[Job] = []
+
+    def heads(self, taken: set[Stream]) -> list[Job]:
+        """The first waiting job of every stream that is neither busy nor taken."""
+        seen, first = self.busy | taken, []
+        for job in self.waiting:
+            if job.stream not in seen:
+                first.append(job)
+                seen = seen | {job.stream}
+        return first
+
+    def refuses(self, job: Job) -> bool:
+        own = sum(one.stream is job.stream for one in self.waiting)
+        full = len(self.waiting) >= self.bounds.in_all or own >= self.bounds.per_stream
+        return job.command is None and full
+
+    def choose(self, now: float) -> list[Job]:
+        while heads := self.heads(set()):
+            lane, jobs = heads[0].lane, list[Job]()
+            limit = 1 if lane is None else self.bounds.max_streams
+            while len(jobs) < limit:
+                ready = [job for job in self.heads({job.stream for job in jobs}) if job.lane == lane]
+                if not ready:
+                    break
+                job = ready[0]
+                if now > job.deadline:
+                    self.expired.append(job)
+                elif jobs and sum(one.rows for one in jobs) + job.rows > self.bounds.max_rows:
+                    break
+                else:
+                    jobs.append(job)
+                self.waiting.remove(job)
+            if jobs:
+                self.busy |= {job.stream for job in jobs}
+                return jobs
+        return []
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Any order of calls: the scheduler does what :class:`ListScheduler` does, and every job ends in one way."""
+
+    @initialize(
+        max_rows=st.integers(1, 6),
+        max_streams=st.integers(1, 3),
+        per_stream=st.integers(1, 4),
+        in_all=st.integers(3, 9),
+    )
+    def start(self, max_rows: int, max_streams: int, per_stream: int, in_all: int) -> None:
+        bounds = Bounds(max_rows, max_streams, per_stream, in_all)
+        self.scheduler, self.model = Scheduler(bounds), ListScheduler(bounds)
+        self.streams = [make_stream(name) for name in "abcd"]
+        self.now = 0
+        self.jobs: list[Job] = []
+        self.running: list[Plan] = []
+        self.ends: dict[Job, str] = {}
+        self.started: dict[Stream, list[int]] = {stream: [] for stream in self.streams}
+
+    def end(self, job: Job, how: str) -> None:
+        assert job not in self.ends, f"a job that was {self.ends[job]} is now {how}"
+        self.ends[job] = how
+
+    @rule(stream=st.integers(0, 3), rows=st.integers(1, 4), lane=st.integers(0, 1), patience=st.integers(0, 4))
+    def submit_request(self, stream: int, rows: int, lane: int, patience: int) -> None:
+        deadline = self.now + patience if patience < 4 else float("inf")
+        self.submit(request(self.streams[stream], rows, LANES[lane], deadline))
+
+    @rule(stream=st.integers(0, 3))
+    def submit_command(self, stream: int) -> None:
+        self.submit(command(self.streams[stream]))
+
+    def submit(self, job: Job) -> None:
+        if self.model.refuses(job):
+            with pytest.raises(QueueFull):
+                self.scheduler.submit(job)
+            return
+        self.scheduler.submit(job)
+        self.model.waiting.append(job)
+        self.jobs.append(job)
+
+    @rule(seconds=st.integers(1, 3))
+    def wait(self, seconds: int) -> None:
+        self.now += seconds
+
+    @rule()
+    def next_batch(self) -> None:
+        plan, expected = self.scheduler.next_batch(self.now), self.model.choose(self.now)
+        assert (plan.jobs if plan else []) == expected
+        if plan is None:
+            return
+        assert {job.lane for job in plan.jobs} == {plan.lane}
+        for job in plan.jobs:
+            assert job.deadline >= self.now
+            self.end(job, "run")
+            self.started[job.stream].append(job.number)
+        self.running.append(plan)
+        streams = [job.stream for one in self.running for job in one.jobs]
+        assert len(streams) == len(set(streams)), "a stream is in two running plans, or twice in one"
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 99))
+    def complete(self, which: int) -> None:
+        plan = self.running.pop(which % len(self.running))
+        self.scheduler.complete(plan)
+        self.model.busy -= {job.stream for job in plan.jobs}
+
+    @precondition(lambda self: self.jobs)
+    @rule(which=st.integers(0, 99))
+    def cancel(self, which: int) -> None:
+        job = self.jobs[which % len(self.jobs)]
+        waits = job in self.model.waiting
+        assert self.scheduler.cancel(job) == waits
+        if waits:
+            self.model.waiting.remove(job)
+            self.end(job, "cancelled")
+
+    @rule()
+    def expired(self) -> None:
+        found, self.model.expired = self.model.expired, []
+        assert self.scheduler.expired() == found
+        assert self.scheduler.expired() == [], "handed out once"
+        for job in found:
+            assert job.deadline < self.now
+            self.end(job, "expired")
+
+    @precondition(lambda self: len(self.model.waiting) > 5)
+    @rule()
+    def clear(self) -> None:
+        left, self.model.waiting = self.model.waiting, []
+        cleared = self.scheduler.clear()
+        assert sorted(cleared, key=lambda job: job.number) == left
+        for job in cleared:
+            self.end(job, "cleared")
+
+    @invariant()
+    def agrees_with_the_list(self) -> None:
+        assert len(self.scheduler) == len(self.model.waiting)
+        assert self.scheduler.idle == (not self.model.waiting and not self.model.busy)
+        for numbers in self.started.values():
+            assert numbers == sorted(numbers), "a stream's jobs ran out of order"
+
+    def teardown(self) -> None:
+        """Nothing is forgotten: run to the end, every job has ended in one way."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(len(self.jobs) + 1):  # each round starts or expires a job, while there are any
+            while self.running:
+                self.complete(0)
+            self.next_batch()
+        self.expired()
+        assert self.scheduler.idle
+        assert self.ends.keys() == set(self.jobs)
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=80,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+TestSchedulerMachine = SchedulerMachine.TestCase

@@ -1,0 +1,216 @@
+"""The config file: what is filled in, what is found where, and that every fault is told with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tta_server.errors import ConfigError
+from tta_server.settings import InputSettings, LimitSettings, Settings, load_settings
+
+MODEL: dict[str, Any] = {"factory": "package.module:build", "weights": "w.safetensors", "input": {"shape": [3, 8, 8]}}
+
+
+def write(folder: Path, content: Any) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def read(folder: Path, **sections: Any) -> Settings:
+    return load_settings(write(folder, {"models": {"m": MODEL}} | sections))
+
+
+def fault(folder: Path, content: Any) -> str:
+    """The message with which a config is refused."""
+    with pytest.raises(ConfigError) as caught:
+        load_settings(write(folder, content))
+    assert str(folder / "config.yaml") in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_config_of_the_least_that_is_needed(tmp_path: Path) -> None:
+    settings = read(tmp_path)
+    model = settings.models["m"]
+    assert (model.policy, model.policies, model.head, model.classes, model.arguments) == ("tent", {}, None, (), {})
+    assert (model.input.range, model.input.mean, model.input.std) == ((0.0, 1.0), (), ())
+    assert settings.limits == LimitSettings()
+    assert (settings.server.host, settings.server.port, settings.server.device) == ("127.0.0.1", 8000, "auto")
+    assert (settings.streams.unknown_id, settings.streams.default) == ("create", None)
+    assert settings.folder == tmp_path
+
+
+def test_every_value_can_be_set(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "server": {"host": "0.0.0.0", "port": 0, "device": "cpu", "seed": 3},
+        "limits": dict.fromkeys(LimitSettings.model_fields, 7),
+        "streams": {"unknown_id": "refuse", "default": "shared"},
+        "monitor": {"shadow_ratio": 1, "half_life": 2.5},
+    }
+    settings = read(tmp_path, **sections)
+    for name, values in sections.items():
+        assert getattr(settings, name).model_dump() == values
+
+
+def test_settings_cannot_be_changed_by_accident(tmp_path: Path) -> None:
+    settings = read(tmp_path)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.limits.queue = 1
+
+
+# Variables
+
+
+def test_variables_are_filled_in_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTA_TEST_PORT", "8123")
+    monkeypatch.setenv("TTA_TEST_NAME", "weights")
+    model = MODEL | {
+        "weights": "${TTA_TEST_NAME}/${TTA_TEST_NAME}.pt",
+        "classes": ["a", "${TTA_TEST_NAME}"],
+        "arguments": {"deep": {"er": ["${TTA_TEST_PORT}", "$TTA_TEST_PORT", "${}"]}},
+    }
+    settings = read(tmp_path, models={"m": model}, server={"port": "${TTA_TEST_PORT}"})
+    assert settings.server.port == 8123
+    assert settings.models["m"].weights == "weights/weights.pt"
+    assert settings.models["m"].classes == ("a", "weights")
+    assert settings.models["m"].arguments == {"deep": {"er": ["8123", "$TTA_TEST_PORT", "${}"]}}
+
+
+def test_a_variable_may_be_empty_but_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTA_TEST_EMPTY", "")
+    assert read(tmp_path, server={"host": "a${TTA_TEST_EMPTY}b"}).server.host == "ab"
+    monkeypatch.delenv("TTA_TEST_EMPTY")
+    said = fault(tmp_path, {"models": {"m": MODEL}, "server": {"host": "a${TTA_TEST_EMPTY}b"}})
+    assert "the environment variable TTA_TEST_EMPTY is not set" in said
+    assert "'a${TTA_TEST_EMPTY}b'" in said
+
+
+def test_what_a_variable_holds_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTA_TEST_OUTER", "${TTA_TEST_INNER}")
+    assert read(tmp_path, server={"host": "${TTA_TEST_OUTER}"}).server.host == "${TTA_TEST_INNER}"
+
+
+# Faults
+
+
+def test_all_faults_are_listed_with_their_places(tmp_path: Path) -> None:
+    content = {
+        "models": {"m": MODEL | {"weights": 5, "input": {"shape": [3, 0]}}, "n": {"factory": "no colon"}},
+        "server": {"port": "eighty", "host": None},
+        "limits": {"queue": 0, "queue_seconds": "soon", "streams": 1.5},
+        "streams": {"unknown_id": "ignore"},
+        "monitor": {"shadow_ratio": 1.5, "half_life": 0},
+    }
+    said = fault(tmp_path, content)
+    lines = {line.strip().split(":")[0]: line for line in said.splitlines()[1:]}
+    assert set(lines) == {
+        "models.m.weights", "models.m.input.shape.1", "models.n.factory", "models.n.weights", "models.n.input",
+        "server.port", "server.host", "limits.queue", "limits.queue_seconds", "limits.streams", "streams.unknown_id",
+        "monitor.shadow_ratio", "monitor.half_life",
+    }  # fmt: skip
+    assert "got 'eighty'" in lines["server.port"]
+    assert "got 0" in lines["limits.queue"]
+    assert "'create' or 'refuse'" in lines["streams.unknown_id"]
+    assert "got" not in lines["models.n.weights"].split("required")[-1], "there is no value to show"
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ({"models": {"m": MODEL}, "limit": {}}, "limit"),
+        ({"models": {"m": MODEL}, "limits": {"qeue": 5}}, "limits.qeue"),
+        ({"models": {"m": MODEL | {"weight": "x"}}}, "models.m.weight"),
+        ({"models": {"m": MODEL | {"input": {"shape": [3], "size": 8}}}}, "models.m.input.size"),
+        ({"models": {"m": MODEL}, "server": {"workers": 2}}, "server.workers"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unknown_keys_are_refused(tmp_path: Path, content: Any, place: str) -> None:
+    assert f"  {place}: Extra inputs are not permitted" in fault(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "must be a mapping with the keys models, server, limits, streams, monitor"),
+        ("- a\n- b", "must be a mapping"),
+        ("just text", "must be a mapping"),
+        ("models: {m: [", "cannot read the config file"),
+        ("models: !!python/object/apply:os.getcwd []", "cannot read the config file"),
+        ({"models": {"m": MODEL}, "folder": "/"}, "must be a mapping with the keys models"),
+        ({}, "models: Field required"),
+        ({"models": {}}, "models: "),
+        ({"models": []}, "models: "),
+    ],
+    ids=str,
+)
+def test_files_that_are_no_config(tmp_path: Path, content: Any, said: str) -> None:
+    assert said in fault(tmp_path, content)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the config file .*missing\.yaml"):
+        load_settings(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match="cannot read the config file"):
+        load_settings(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("models: ä".encode("latin1"))
+    with pytest.raises(ConfigError, match="cannot read the config file"):
+        load_settings(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"mean": [0.5], "std": [0.5]}, "one value for each of 3 channels; got 1 and 1"),
+        ({"mean": [0.5] * 3}, "got 3 and 0"),
+        ({"std": [0.5] * 3}, "got 0 and 3"),
+        ({"mean": [0.5] * 3, "std": [0.5, 0, 0.5]}, "every std must be above 0"),
+        ({"range": [1, 0]}, "range must run from low to high"),
+        ({"range": [1, 1]}, "range must run from low to high"),
+        ({"range": [1]}, "range"),
+        ({"shape": []}, "shape"),
+    ],
+    ids=str,
+)
+def test_inputs_that_contradict_themselves(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    content = {"models": {"m": MODEL | {"input": {"shape": [3, 8, 8]} | values}}}
+    message = fault(tmp_path, content)
+    assert "models.m.input" in message
+    assert said in message
+
+
+def test_a_range_can_be_left_open(tmp_path: Path) -> None:
+    model = MODEL | {"input": {"shape": [3], "range": None}}
+    assert read(tmp_path, models={"m": model}).models["m"].input == InputSettings(shape=(3,), range=None)
+
+
+# Files
+
+
+def test_files_are_looked_for_beside_the_config_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    for folder in (beside, here):
+        (folder / "sub").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    settings = read(beside)
+    with pytest.raises(ConfigError) as caught:
+        settings.find("sub/w.pt")
+    assert all(str(folder / "sub" / "w.pt") in str(caught.value) for folder in (beside, here))
+    (here / "sub" / "w.pt").touch()
+    assert settings.find("sub/w.pt").resolve() == here / "sub" / "w.pt"
+    (beside / "sub" / "w.pt").touch()
+    assert settings.find("sub/w.pt") == beside / "sub" / "w.pt"
+    assert settings.find(str(here / "sub" / "w.pt")) == here / "sub" / "w.pt"
+    with pytest.raises(ConfigError, match="no file 'sub'"):
+        settings.find("sub")
+
+
+def test_the_config_may_be_named_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"models": {"m": MODEL}})
+    (tmp_path / "w.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(Path("config.yaml"))
+    assert settings.find("w.safetensors").resolve() == tmp_path / "w.safetensors"
