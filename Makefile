@@ -3,6 +3,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+EXTRAS_demo := demo
+EXTRAS_test := demo,test
 
 .PHONY: demo test format clean
 
@@ -27,7 +29,7 @@ format: .venv/.ready-test
 	touch $@
 
 .venv/.ready-%: .venv/.torch pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[demo,$*]'
+	$(BIN)/pip install --quiet --editable '.[$(EXTRAS_$*)]'
 	touch $@
 
 clean:
