@@ -333,8 +333,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Any order of calls: the scheduler does what :class:`ListScheduler` does, and every job ends in one way."""
 
     @initialize(
-        max_rows=st.integers(1, 6),
-        max_streams=st.integers(1, 3),
+        max_rows=st.integers(1, 8),
+        max_streams=st.integers(1, 2),
         per_stream=st.integers(1, 4),
         in_all=st.integers(3, 9),
     )

@@ -391,6 +391,37 @@ def test_layout_packs_and_unpacks() -> None:
     assert layout.bytes == BYTES
 
 
+def test_host_memory_holds_many_states_and_reuses_their_room() -> None:
+    """Far more streams than slots: every state is found again, also after others were dropped and new ones came."""
+    store = make_store(slots=2)
+    values: dict[Stream, float] = {}
+
+    def add(count: int) -> None:
+        for _ in range(count):
+            stream, value = make_stream(f"s{len(values)}"), 1.0 + 1000 * len(values) + count
+            commit(store, {stream: make_state(value)})
+            values[stream] = value
+
+    def check() -> None:
+        for stream, value in values.items():
+            assert_same(held(store, stream), flat(make_state(value)))
+        assert store.counts() == {"device": (2, 2 * BYTES), "host": (len(values) - 2, (len(values) - 2) * BYTES)}
+
+    add(150)
+    check()
+    for stream in list(values)[:148:2]:
+        store.drop(LANE, stream)
+        del values[stream]
+    check()
+    add(90)
+    check()
+    lease, states = store.lease(LANE, list(values)[:2])
+    for index, stream in enumerate(lease.streams):
+        assert_same(flat(take(states, index)), flat(make_state(values[stream])))
+    store.release(lease)
+    check()
+
+
 # --- any order of calls, against a dict --------------------------------------------------------------------------
 
 
