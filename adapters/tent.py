@@ -10,6 +10,7 @@ The answer is the one computed before the step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
@@ -38,8 +39,8 @@ class Tent(Policy):
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.lr < 0:
-            raise ValueError(f"lr must not be negative, got {self.lr}")
+        if not 0.0 <= self.lr < math.inf:
+            raise ValueError(f"lr must be finite and must not be negative, got {self.lr}")
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import weakref
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -243,7 +244,8 @@ async def test_a_repeated_number_gets_the_stored_answer(bench: Bench) -> None:
     assert not replayed
     again, replayed = await bench.service.predict(None, rows(4), stream="s", number=7)
     assert replayed
-    assert again is first
+    assert (again.version, again.policy) == (first.version, first.policy)
+    assert torch.equal(again.logits, first.logits)
     await bench.settled()
     assert (stream.version, stream.requests) == (1, 1)
 
@@ -373,7 +375,49 @@ async def test_a_request_given_up_while_it_runs_is_finished_and_its_answer_kept(
     assert (stream.version, stream.requests) == (1, 1), "committed once"
     stored, replayed = await bench.service.predict(None, rows(4), stream="s", number=1)
     assert replayed
-    assert stored is answer
+    assert torch.equal(stored.logits, answer.logits)
+
+
+async def test_a_large_answer_is_not_kept_and_its_repeat_refused(bench: Bench) -> None:
+    """It cannot adapt twice, but what is kept for repeats is bounded."""
+    stream, _ = bench.service.open("s")
+    bench.service.settings = bench.service.settings.model_copy(
+        update={"limits": bench.service.settings.limits.model_copy(update={"stored_answer_bytes": 4 * 5 * 3})}
+    )
+    await bench.service.predict(None, rows(3), stream="s", number=1)
+    assert (await bench.service.predict(None, rows(3), stream="s", number=1))[1]
+    await bench.service.predict(None, rows(4), stream="s", number=2)
+    with pytest.raises(Conflict, match=r"limits\.stored_answer_bytes"):
+        await bench.service.predict(None, rows(4), stream="s", number=2)
+    await bench.settled()
+    assert stream.version == 2
+
+
+async def test_the_inputs_of_a_request_go_with_it(bench: Bench) -> None:
+    """By reference counting: under load, what waits for the garbage collector is memory."""
+    bench.service.open("s")
+    gc.collect()
+    gc.disable()
+    try:
+        x = rows(4)
+        alive = weakref.ref(x)
+        await bench.service.predict(None, x, stream="s", number=1)
+        await bench.settled()
+        del x
+        await bench.service.predict(None, rows(4), stream="s", number=2)  # the device thread holds its last plan
+        await bench.settled()
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+async def test_an_end_does_not_close_what_came_after(bench: Bench) -> None:
+    old, _ = bench.service.open("s")
+    new, _ = bench.service.open("s", replace=True)
+    await bench.service.close("s", only=old)
+    assert bench.service.stream("s") is new
+    await bench.service.close("s", only=new)
+    assert not bench.service.is_open("s")
 
 
 async def test_an_error_nobody_waits_for_is_not_reported_as_lost(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

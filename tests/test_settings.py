@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tta_server.errors import ConfigError
+from adapters.norm import NormPolicy
+from adapters.tent import Tent
+from tta_server.errors import BadInput, ConfigError
+from tta_server.policies import make_policy
 from tta_server.settings import InputSettings, LimitSettings, Settings, load_settings
 
 MODEL: dict[str, Any] = {"factory": "package.module:build", "weights": "w.safetensors", "input": {"shape": [3, 8, 8]}}
@@ -185,6 +189,57 @@ def test_inputs_that_contradict_themselves(tmp_path: Path, values: dict[str, Any
 def test_a_range_can_be_left_open(tmp_path: Path) -> None:
     model = MODEL | {"input": {"shape": [3], "range": None}}
     assert read(tmp_path, models={"m": model}).models["m"].input == InputSettings(shape=(3,), range=None)
+
+
+@pytest.mark.parametrize("name", ["a b", "a/b", "", "a" * 129, "a\n"])
+def test_names_that_do_not_fit_into_a_url(tmp_path: Path, name: str) -> None:
+    assert "streams.default" in fault(tmp_path, {"models": {"m": MODEL}, "streams": {"default": name}})
+    assert "models." in fault(tmp_path, {"models": {name: MODEL}})
+
+
+def test_names_that_do(tmp_path: Path) -> None:
+    name = "Aa0._:-" + 121 * "x"
+    settings = read(tmp_path, models={name: MODEL}, streams={"default": name})
+    assert (settings.streams.default, list(settings.models)) == (name, [name])
+
+
+# Settings of policies
+
+
+@pytest.mark.parametrize("written", ["1e-3", "1E-3", "0.001", "1.0e-3", "+1.e-03"])
+def test_numbers_may_have_an_exponent(tmp_path: Path, written: str) -> None:
+    text = yaml.safe_dump({"models": {"m": MODEL | {"policies": {"tent": {"lr": "HERE"}}}}})
+    settings = load_settings(write(tmp_path, text.replace("HERE", written)))
+    assert make_policy("tent", settings.models["m"].policies["tent"]) == Tent(lr=0.001)
+
+
+@pytest.mark.parametrize("value", ["0.1", "nan", True, None, [0.1], float("nan"), float("inf"), -float("inf"), -1])
+def test_learning_rates_that_are_not(value: Any) -> None:
+    with pytest.raises(BadInput, match="lr"):
+        make_policy("tent", {"lr": value})
+    with pytest.raises(BadInput, match="momentum"):
+        make_policy("tent", {"momentum": value})
+
+
+def test_whole_numbers_are_numbers() -> None:
+    made = make_policy("tent", {"lr": 0, "optimiser": "sgd", "momentum": 0})
+    assert made == Tent("sgd", 0.0, 0.0)
+    assert isinstance(made, Tent)
+    assert type(made.lr) is float
+
+
+@dataclass(frozen=True)
+class Ranged(NormPolicy):
+    """A policy with a setting of several numbers. Not registered."""
+
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+
+def test_lists_are_taken_for_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapters.policies", lambda: {"norm": Ranged})
+    assert make_policy("norm", {"bounds": [0, 0.5], "alpha": 1}) == Ranged(alpha=1.0, bounds=(0.0, 0.5))
+    with pytest.raises(BadInput, match="bounds"):
+        make_policy("norm", {"bounds": ["0", 0.5]})
 
 
 # Files

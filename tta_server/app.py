@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
+import signal
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
+import uvicorn
 from fastapi import APIRouter, FastAPI, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+import adapters
 from tta_server import __version__
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine
-from tta_server.engine.report import policy_report
+from tta_server.engine.report import check_defaults, policy_report
 from tta_server.engine.source import SourceModel, choose_device, load_model
 from tta_server.errors import ConfigError
 from tta_server.http import problems, v1, v2
@@ -31,21 +38,27 @@ log = logging.getLogger(__name__)
 
 
 def load_models(settings: Settings) -> dict[str, SourceModel]:
-    """Loads every model of the config and checks its policy presets. Raises ``ConfigError`` or ``BadInput``."""
+    """Loads every model of the config, checks its policy presets and tries every policy on it.
+
+    Raises ``ConfigError``, ``BadInput`` or ``UnknownName``.
+    """
     device = choose_device(settings.server.device)
     for model in settings.models.values():
         for policy in {model.policy, *model.policies}:
             make_policy(policy, model.policies.get(policy, {}))
     models = {name: load_model(name, settings, device) for name in settings.models}
-    for name, loaded in models.items():
-        default = policy_report(loaded.settings.policy, loaded)
-        if not default["runs"]:
-            raise ConfigError(f"model {name!r} cannot have policy {default['name']!r} as its own: {default['reason']}")
-    return models
+    return {
+        name: replace(model, reports={policy: policy_report(policy, model) for policy in adapters.policies()})
+        for name, model in models.items()
+    }
 
 
 def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
-    """The server as an ASGI application. Its lifespan starts the device thread, and drains it at the end."""
+    """The server as an ASGI application. Its lifespan starts the device thread, and drains it at the end.
+
+    Raises ``ConfigError`` for a model whose own policy cannot run on it.
+    """
+    check_defaults(models)
     limits = settings.limits
     store = StateStore(limits.slots, next(iter(models.values())).network.device)
     engine = Engine(models, store, Monitor(settings.monitor.half_life), settings.monitor.shadow_ratio)
@@ -88,10 +101,44 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
     routers = (v1.router(service), v2.router(service), operations)
     for router in routers:
         app.include_router(router)
+    app.state.service = service
     problems.install(app, [route for router in routers for route in router.routes])
     app.add_middleware(_Measured, recorder=recorder)
     _correct_openapi(app)
     return app
+
+
+def serve(app: FastAPI, settings: Settings) -> None:
+    """Runs ``app`` until it is told to stop; then answers or refuses what is under way, within the limits."""
+    # uvicorn raises the signal that ended it once more when it is done. Told to stop, it did: that is exit status 0.
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: None)
+    config = uvicorn.Config(
+        app,
+        host=settings.server.host,
+        port=settings.server.port,
+        log_config=None,
+        access_log=False,
+        # Longer than the queue may take, so that every request gets its answer or its refusal.
+        timeout_graceful_shutdown=math.ceil(settings.limits.drain_seconds) + 5,
+    )
+    server = _Server(config, app.state.service)
+    server.run()
+    if not server.started:
+        raise ConfigError(f"the server could not start on {settings.server.host}:{settings.server.port}; see the log")
+
+
+class _Server(uvicorn.Server):
+    """Drains the queue while uvicorn waits for its connections, not after it."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        draining = asyncio.create_task(self._service.drain())
+        await super().shutdown(sockets)
+        await draining
 
 
 class _Measured:

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-import adapters
-from tta_server.engine.report import policy_report
+from tta_server.engine.report import check_defaults
 from tta_server.engine.source import SourceModel
 
 
 def print_report(models: Mapping[str, SourceModel], console: Console) -> None:
-    """Prints each model's findings and its table of policies."""
+    """Prints each model's findings and its table of policies. Raises ``ConfigError`` for a default that cannot run."""
     for model in models.values():
         layers = ", ".join(f"{count} {kind}" for kind, count in model.norm_layers.items()) or "none"
         console.print(f"[bold]{model.name}[/bold]: {model.architecture}, {model.parameters:,} parameters")
@@ -27,9 +27,11 @@ def print_report(models: Mapping[str, SourceModel], console: Console) -> None:
         console.print(f"  isolation      a row scores the same alone and in a batch, {same}")
         console.print(f"  adaptable      {len(model.source.affine)} tensors, {model.adaptable_values:,} values")
         for name in model.left_alone:
-            console.print(f"  [yellow]left alone[/yellow]     {name}: not a norm layer type of torch itself")
+            found = f"{name}: of a type that streams cannot adapt yet; stays as trained"
+            console.print(f"  [yellow]left alone[/yellow]     {found}")
         table = Table("policy", "runs", "bytes per stream", "why not")
-        for report in (policy_report(name, model) for name in adapters.policies()):
+        for report in model.reports.values():
             size = f"{report['bytes_per_stream']:,}" if report["runs"] else ""
-            table.add_row(report["name"], "yes" if report["runs"] else "no", size, report.get("reason", ""))
+            table.add_row(report["name"], "yes" if report["runs"] else "no", size, Text(report.get("reason", "")))
         console.print(table)
+    check_defaults(models)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-import uvicorn
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -33,23 +31,13 @@ Config = Annotated[Path, typer.Argument(help="The config file (YAML).", metavar=
 def serve(
     config: Config,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = None,
 ) -> None:
     """Starts the server."""
     logs.configure()
     settings = _settings(config, host, port)
     application = app.create_app(settings, app.load_models(settings))
-    # uvicorn raises the signal that ended it once more when it is done. Told to stop, it did: that is exit status 0.
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda *_: None)
-    uvicorn.run(
-        application,
-        host=settings.server.host,
-        port=settings.server.port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=int(settings.limits.drain_seconds) + 1,
-    )
+    app.serve(application, settings)
 
 
 @cli.command("check")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
-import orjson
 from pydantic import TypeAdapter, ValidationError
 
 import adapters
@@ -42,10 +41,13 @@ def check_package_names() -> None:
 def make_policy(name: str, settings: Mapping[str, Any]) -> Policy:
     """The policy ``name`` with these settings over its defaults.
 
-    Raises ``UnknownName``, or ``BadInput`` listing every setting that does not fit.
+    Nothing is converted but whole numbers to floats, and lists to tuples: ``"0.1"`` is no number. Raises
+    ``UnknownName``, or ``BadInput`` listing every setting that does not fit.
     """
+    kind = TypeAdapter(_policy_type(name))
     try:
-        return TypeAdapter(_policy_type(name)).validate_python(dict(settings))
+        # As JSON, since pydantic's strict mode takes Python values for a dataclass and for tuples only as such.
+        return kind.validate_json(json.dumps(dict(settings), default=str), strict=True)
     except ValidationError as error:
         raise BadInput(f"the settings of policy {name!r} do not fit:\n{explain(error)}") from error
 
@@ -66,12 +68,6 @@ def describe(name: str) -> dict[str, Any]:
 def settings_of(policy: Policy) -> dict[str, Any]:
     """A policy's settings as a dict, defaults included."""
     return asdict(cast("Any", policy))
-
-
-def digest(policy: Policy) -> str:
-    """Hex SHA-256 of a policy's name and settings."""
-    content = {"name": policy.name, "settings": settings_of(policy)}
-    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def _policy_type(name: str) -> type[Policy]:

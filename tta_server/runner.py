@@ -58,7 +58,10 @@ class Runner:
             return cancelled
 
     def drain(self, seconds: float) -> int:
-        """Stops admitting, lets what waits finish for so long, ends the thread. Returns how many jobs were given up."""
+        """Stops admitting, lets what waits finish for so long, ends the thread. Returns how many jobs were given up.
+
+        A step that hangs is waited for as long again at most; its thread ends with the process.
+        """
         with self._changed:
             self._admitting = False
             self._changed.wait_for(lambda: self._scheduler.idle, timeout=seconds)
@@ -68,7 +71,7 @@ class Runner:
         for job in left:
             job.done(None, Unavailable("the server shut down before this request's turn came"))
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(seconds)
         return len(left)
 
     def _run(self) -> None:

@@ -11,7 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,10 +25,10 @@ from tta_server.errors import BadInput, Cancelled, Conflict, DeadlineExceeded, Q
 from tta_server.metrics import Levels
 from tta_server.policies import make_policy, settings_of
 from tta_server.runner import Runner
-from tta_server.settings import Settings
+from tta_server.settings import NAME, Settings
 from tta_server.types import Answer, Job, Lane, Stream
 
-STREAM_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+STREAM_ID = re.compile(NAME)
 
 
 @dataclass(eq=False)
@@ -88,10 +88,7 @@ class Service:
             return existing.stream, False
         source = self.model(model)
         made = self._make_policy(source, policy or source.settings.policy, settings)
-        try:
-            initial_state(made, source)
-        except ValueError as error:
-            raise Conflict(f"policy {made.name!r} cannot run on model {source.name!r}: {error}") from error
+        self._check_runs(source, made, preset=not settings)
         if existing is None and len(self._streams) >= self.settings.limits.streams:
             raise QueueFull(
                 f"{len(self._streams)} streams are open; the limit is limits.streams = {self.settings.limits.streams}. "
@@ -137,8 +134,13 @@ class Service:
         await self._command(stream, lambda: self._runner.engine.reset(stream))
         return stream
 
-    async def close(self, id: str) -> None:
-        """Forgets a stream. Its id is free at once; requests it still has under way are finished first."""
+    async def close(self, id: str, only: Stream | None = None) -> None:
+        """Forgets a stream. Its id is free at once; requests it still has under way are finished first.
+
+        With ``only``, does nothing when the id belongs to another stream by now, or to none.
+        """
+        if only is not None and (id not in self._streams or self._streams[id].stream is not only):
+            return
         stream = self._open(id).stream
         dropped = self._drop(stream)
         del self._streams[id]
@@ -174,7 +176,12 @@ class Service:
         if opened.stream.model != source.name and model is not None:
             raise Conflict(f"stream {stream!r} belongs to model {opened.stream.model!r}, not to {source.name!r}")
         if number is not None:
-            if number == opened.last_number and opened.last_answer is not None:
+            if number == opened.last_number:
+                if opened.last_answer is None:
+                    raise Conflict(
+                        f"request number {number} of stream {stream!r} was answered already, and its answer was too "
+                        "large to keep (limits.stored_answer_bytes)"
+                    )
                 return opened.last_answer, True
             if number in opened.flights:
                 return await self._wait(opened.flights[number]), True
@@ -189,7 +196,8 @@ class Service:
             if number is not None:
                 del opened.flights[number]
                 if answer is not None:
-                    opened.last_number, opened.last_answer = number, answer
+                    opened.last_number = number
+                    opened.last_answer = _stored(answer, self.settings.limits.stored_answer_bytes)
 
         flight = self._launch(opened.stream, lane, x, timeout, keep)
         if number is not None:
@@ -253,6 +261,20 @@ class Service:
     def _make_policy(source: SourceModel, name: str, settings: Mapping[str, Any] | None) -> Policy:
         return make_policy(name, {**source.settings.policies.get(name, {}), **(settings or {})})
 
+    @staticmethod
+    def _check_runs(source: SourceModel, policy: Policy, preset: bool) -> None:
+        """Raises ``Conflict`` when the policy cannot run on the model. Presets were tried at the start."""
+        reason: str | None = None
+        if preset and policy.name in source.reports:
+            reason = source.reports[policy.name].get("reason")
+        else:
+            try:
+                initial_state(policy, source)
+            except ValueError as error:
+                reason = str(error)
+        if reason is not None:
+            raise Conflict(f"policy {policy.name!r} cannot run on model {source.name!r}: {reason}")
+
     def _confirm(
         self, stream: Stream, model: str | None, policy: str | None, settings: Mapping[str, Any] | None
     ) -> None:
@@ -289,6 +311,7 @@ class Service:
 
         def finish(answer: Answer | None, error: Exception | None) -> None:
             timer.cancel()
+            flight.abandon = _nothing  # it holds the job and its inputs, which then wait for no garbage collector
             settled(answer)
             if not flight.future.done():
                 if answer is not None:
@@ -343,6 +366,18 @@ class Service:
 def _check_id(id: str) -> None:
     if not STREAM_ID.fullmatch(id):
         raise BadInput(f"a stream id has 1 to 128 of A-Z a-z 0-9 . _ : -, got {id[:150]!r}")
+
+
+def _nothing() -> None:
+    pass
+
+
+def _stored(answer: Answer, limit: int) -> Answer | None:
+    """A copy to keep, which pins nobody else's rows; ``None`` when its scores are over ``limit`` bytes."""
+    if answer.logits.nbytes > limit:
+        return None
+    own = {name: getattr(answer, name).clone() for name in ("logits", "entropy", "confidence")}
+    return replace(answer, **own)
 
 
 Done = Callable[[Answer | None, Exception | None], None]

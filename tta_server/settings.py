@@ -13,10 +13,14 @@ from torch import Tensor
 
 from tta_server.errors import ConfigError
 
+NAME = r"[A-Za-z0-9._:-]{1,128}"
+"""Pattern of the names that go into URLs: stream ids and models."""
+
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 
 class _Settings(BaseModel):
@@ -91,10 +95,12 @@ class LimitSettings(_Settings):
     """Longest wait before a request is answered 504; a request may shorten it."""
     drain_seconds: Seconds = 10.0
     """Longest wait for queued requests at shutdown."""
+    stored_answer_bytes: Positive = 64 * 2**10
+    """Largest scores kept per stream to answer a repeated request number; a repeat of a larger answer is refused."""
     streams: Positive = 20_000
     """Most streams open at once."""
     slots: Positive = 256
-    """Stream states kept on the device per model and policy setting; the rest wait in host memory."""
+    """Stream states kept on the device, of all models and policies; the rest wait in host memory."""
 
 
 class StreamSettings(_Settings):
@@ -102,7 +108,7 @@ class StreamSettings(_Settings):
 
     unknown_id: Literal["create", "refuse"] = "create"
     """What a V2 request with a ``sequence_id`` not seen before and without ``sequence_start`` does."""
-    default: str | None = None
+    default: Name | None = None
     """Id of the stream shared by V2 requests without a ``sequence_id``; without one they get the source model."""
 
 
@@ -129,7 +135,7 @@ class ServerSettings(_Settings):
 class Settings(_Settings):
     """The whole config file."""
 
-    models: dict[str, ModelSettings] = Field(min_length=1)
+    models: dict[Name, ModelSettings] = Field(min_length=1)
     server: ServerSettings = ServerSettings()
     limits: LimitSettings = LimitSettings()
     streams: StreamSettings = StreamSettings()
@@ -146,10 +152,19 @@ class Settings(_Settings):
         raise ConfigError(f"no file {path!r}: looked for " + " and ".join(str(one.absolute()) for one in candidates))
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads ``1e-3`` as a number, as YAML 1.2 and JSON do; to PyYAML, which follows 1.1, it is a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def load_settings(path: Path) -> Settings:
     """Reads a config file. Raises ``ConfigError`` with every fault found in it, each with its place in the file."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from error
     if not isinstance(raw, dict) or "folder" in raw:
@@ -168,6 +183,12 @@ def explain(error: ValidationError) -> str:
         got = "" if fault["type"] == "missing" else f", got {fault['input']!r:.80}"
         lines.append(f"  {place}: {fault['msg']}{got}")
     return "\n".join(lines)
+
+
+def type_and_line(error: Exception) -> str:
+    """What code that is not ours raised, in one line: the error's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -254,7 +254,7 @@ def test_batch_norm_without_affine(mode: str) -> None:
 
 
 def test_observing_measures_the_distance_to_the_source() -> None:
-    """``mean_c [(m - M)^2 + (sqrt v - sqrt V)^2] / V`` per stream, and the output is what it is without observing."""
+    """``mean_c [(m - M)^2 + (sqrt v - sqrt V)^2] / (V + eps)`` per stream; the output is what it is unobserved."""
     layer, x = batch_norm(), normal(7, CHANNELS, 3, 2) * 2 + 1
     now = Pass(Segments([4, 3]), {}, SOURCE_NORM, observe=True)
     assert torch.equal(streamwise(layer, now)(x), layer(x))
@@ -262,7 +262,7 @@ def test_observing_measures_the_distance_to_the_source() -> None:
     for rows in x.split([4, 3]):
         mean, var = rows.mean((0, 2, 3)), rows.var((0, 2, 3), correction=0)
         squared = (mean - layer.running_mean) ** 2 + (var.sqrt() - layer.running_var.sqrt()) ** 2
-        expected.append((squared / layer.running_var).mean())
+        expected.append((squared / (layer.running_var + layer.eps)).mean())
     torch.testing.assert_close(now.distances, [torch.stack(expected)])
     unseen = Pass(Segments([4, 3]))
     streamwise(layer, unseen)(x)
@@ -516,3 +516,108 @@ def test_inputs_are_normalised_before_the_network() -> None:
     x = (normal(3, 2, 2, 2) - mean) / std
     torch.testing.assert_close(output.logits, plain(x))
     torch.testing.assert_close(output.features, plain[:2](x))
+
+
+class InPlace(nn.Module):
+    """Norm layers followed by changes in place, as torchvision writes its networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm1, self.norm2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm1(self.conv(x)))
+        y = self.norm2(x)
+        y += x
+        return cast("Tensor", self.head(F.relu_(y).mean((2, 3))))
+
+
+def test_what_follows_a_norm_layer_may_change_its_output_in_place() -> None:
+    """Gradients equal those of a network that does not."""
+    torch.manual_seed(0)
+    network = InPlace().double()
+    conduit, segments, x = Conduit(), Segments([2, 3]), torch.randn(5, 3, 6, 6, dtype=torch.float64)
+    plain = copy.deepcopy(network)
+    replace_norms(network.eval(), conduit)
+    weights = {
+        f"norm{layer}.{key}": torch.rand(2, 4, dtype=torch.float64).add_(0.5).requires_grad_()
+        for layer in (1, 2)
+        for key in ("weight", "bias")
+    }
+    conduit.current = Pass(segments, weights, BATCH_NORM)
+    logits = network(x)
+    gradients = torch.autograd.grad(logits.square().sum(), list(weights.values()))
+
+    def alone(one: dict[str, Tensor], x: Tensor) -> Tensor:
+        h = plain.conv(x)
+        h = F.relu(F.batch_norm(h, None, None, one["norm1.weight"], one["norm1.bias"], True))
+        y = F.batch_norm(h, None, None, one["norm2.weight"], one["norm2.bias"], True)
+        return cast("Tensor", plain.head(F.relu(y + h).mean((2, 3))))
+
+    parts = [
+        alone({key: value[index] for key, value in weights.items()}, part) for index, part in enumerate(x.split([2, 3]))
+    ]
+    torch.testing.assert_close(logits, torch.cat(parts))
+    expected = torch.autograd.grad(torch.cat(parts).square().sum(), list(weights.values()))
+    torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.LayerNorm(4), nn.BatchNorm1d(4), nn.GroupNorm(2, 4)], ids=["layer", "batch", "group"]
+)
+def test_rows_that_are_not_first_are_refused(layer: nn.Module) -> None:
+    """Sequence-first and folded inputs: streams cannot be told apart, and must not be mixed up."""
+    conduit, network = Conduit(), nn.Sequential(layer)
+    replace_norms(network, conduit)
+    conduit.current = Pass(Segments([1, 2]))
+    with pytest.raises(RuntimeError, match="a batch of 3 rows"):
+        network(torch.randn(6, 4))
+
+
+def test_a_layer_reached_by_two_paths_has_torchs_name() -> None:
+    """The one under which its tensors are listed; else nothing of it would be adapted."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            norm = nn.BatchNorm1d(4)
+            self.block = nn.Sequential(nn.Linear(4, 4), norm)
+            self.norm = norm
+
+    network = Twice()
+    assert replace_norms(network, Conduit()) == ["block.1"]
+    assert "block.1.weight" in dict(network.named_parameters())
+
+
+def test_a_running_norm_that_runs_twice_goes_on_from_its_first_time() -> None:
+    conduit, layer = Conduit(), nn.BatchNorm1d(3).double()
+    network = nn.Sequential(layer)
+    expected = copy.deepcopy(layer)
+    replace_norms(network, conduit)
+    x = torch.randn(6, 3, dtype=torch.float64) + 1
+    conduit.current = now = Pass(Segments([6]), norm=Norm(0.1, running=True))
+    network(network(x))
+    mean, var = expected.running_mean, expected.running_var
+    assert mean is not None
+    assert var is not None
+    for _ in range(2):
+        mean, var = 0.9 * mean + 0.1 * x.mean(0), 0.9 * var + 0.1 * x.var(0)
+        x = (x - mean) / (var + layer.eps).sqrt()
+    torch.testing.assert_close(now.statistics["0.running_mean"][0], mean)
+    torch.testing.assert_close(now.statistics["0.running_var"][0], var)
+
+
+def test_a_dead_channel_does_not_swamp_the_distance() -> None:
+    """One without variance in the source counts by what the layer makes of it."""
+    conduit, layer = Conduit(), nn.BatchNorm1d(2)
+    assert layer.running_var is not None
+    layer.running_var[0] = 1e-20
+    network = nn.Sequential(layer)
+    replace_norms(network, conduit)
+    conduit.current = now = Pass(Segments([64]), observe=True)
+    torch.manual_seed(0)
+    network(torch.randn(64, 2) * torch.tensor([1e-3, 1.0]))
+    assert float(now.distances[0]) < 1.0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import zlib
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -26,6 +28,10 @@ VECTOR = InputSettings(shape=(4,), range=None)
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (8, 8, 3), dtype=np.uint8)
 ROW = torch.from_numpy(PIXELS.transpose(2, 0, 1).astype(np.float32)) / 255
+
+
+def decode(body: bytes, spec: InputSettings, max_rows: int = 1024) -> Tensor:
+    return decode_inputs(body, spec, max_rows)
 
 
 def npy(array: Any, **arguments: Any) -> bytes:
@@ -52,7 +58,7 @@ def image(pixels: Any, format: str, **arguments: Any) -> bytes:
 
 def refused(body: bytes, said: str = "", spec: InputSettings = COLOUR) -> None:
     with pytest.raises(BadInput) as caught:
-        decode_inputs(body, spec)
+        decode(body, spec)
     assert said in str(caught.value)
 
 
@@ -65,7 +71,7 @@ def refused(body: bytes, said: str = "", spec: InputSettings = COLOUR) -> None:
 def test_npy_numbers_are_taken_as_they_are(kind: str, fortran: bool, single: bool) -> None:
     values = RANDOM.integers(0, 2, (2, 3, 8, 8)).astype(kind)
     array = np.asarray(values[0] if single else values, order="F" if fortran else "C")
-    x = decode_inputs(npy(array), COLOUR)
+    x = decode(npy(array), COLOUR)
     assert x.dtype == torch.float32
     assert x.is_contiguous()
     expected = torch.from_numpy(values.astype(np.float32))
@@ -75,7 +81,7 @@ def test_npy_numbers_are_taken_as_they_are(kind: str, fortran: bool, single: boo
 @pytest.mark.parametrize("fortran", [False, True])
 def test_npy_bytes_are_pixels(fortran: bool) -> None:
     array = np.asarray(PIXELS.transpose(2, 0, 1)[None], order="F" if fortran else "C")
-    torch.testing.assert_close(decode_inputs(npy(array), COLOUR)[0], ROW)
+    torch.testing.assert_close(decode(npy(array), COLOUR)[0], ROW)
 
 
 @pytest.mark.parametrize(
@@ -83,25 +89,31 @@ def test_npy_bytes_are_pixels(fortran: bool) -> None:
 )
 def test_pixels_spread_over_the_models_range(range: tuple[float, float] | None, ends: tuple[float, float]) -> None:
     spec = InputSettings(shape=(2,), range=range)
-    x = decode_inputs(npy(np.array([[0, 255]], dtype=np.uint8)), spec)
+    x = decode(npy(np.array([[0, 255]], dtype=np.uint8)), spec)
     assert x[0].tolist() == pytest.approx(ends)
 
 
 def test_a_decoded_array_does_not_share_memory_with_the_body() -> None:
     body = npy(np.zeros((1, 3, 8, 8), dtype=np.float32))
-    x = decode_inputs(body, COLOUR)
+    x = decode(body, COLOUR)
     x += 1
-    assert decode_inputs(body, COLOUR).sum() == 0
+    assert decode(body, COLOUR).sum() == 0
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
 def test_npy_versions(version: tuple[int, int]) -> None:
     body = npy_with(shaped("(1, 3, 8, 8)"), bytes(768), version)
-    assert decode_inputs(body, COLOUR).shape == (1, 3, 8, 8)
+    assert decode(body, COLOUR).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("version", [(0, 0), (1, 1), (2, 1), (3, 0), (9, 0), (255, 255)])
+def test_other_npy_versions_are_refused_by_name(version: tuple[int, int]) -> None:
+    said = f"version {version[0]}.{version[1]}, not 1.0 and 2.0"
+    refused(npy_with(shaped("(1, 3, 8, 8)"), bytes(768), version), said)
 
 
 def test_npy_values_beyond_float32_become_infinite_and_are_left_to_be_refused() -> None:
-    assert decode_inputs(npy(np.full((1, 3, 8, 8), 1e300)), COLOUR).isinf().all()
+    assert decode(npy(np.full((1, 3, 8, 8), 1e300)), COLOUR).isinf().all()
 
 
 @pytest.mark.parametrize(
@@ -175,7 +187,7 @@ def test_a_mangled_npy_is_read_or_refused(changes: list[tuple[int, int]], length
 def read_or_refused(body: bytes) -> None:
     """The only two things that may come of a body."""
     try:
-        x = decode_inputs(body, COLOUR)
+        x = decode(body, COLOUR)
     except BadInput:
         return
     assert x.dtype == torch.float32
@@ -185,28 +197,28 @@ def read_or_refused(body: bytes) -> None:
 
 
 def test_png_pixels_are_exact() -> None:
-    x = decode_inputs(image(PIXELS, "PNG"), COLOUR)
+    x = decode(image(PIXELS, "PNG"), COLOUR)
     assert x.shape == (1, 3, 8, 8)
     torch.testing.assert_close(x[0], ROW)
 
 
 def test_jpeg_pixels_are_close() -> None:
     flat = np.full((8, 8, 3), (200, 100, 50), dtype=np.uint8)
-    x = decode_inputs(image(flat, "JPEG", quality=95), COLOUR)
+    x = decode(image(flat, "JPEG", quality=95), COLOUR)
     torch.testing.assert_close(x[0, :, 0, 0], torch.tensor([200, 100, 50]) / 255, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
 def test_grey_images(format: str) -> None:
     pixels = np.full((4, 6), 100, dtype=np.uint8)
-    x = decode_inputs(image(pixels, format), GREY)
+    x = decode(image(pixels, format), GREY)
     assert x.shape == (1, 1, 4, 6)
     torch.testing.assert_close(x, torch.full((1, 1, 4, 6), 100 / 255), rtol=0, atol=0.01)
 
 
 def test_rows_and_columns_keep_their_places() -> None:
     pixels = np.arange(24, dtype=np.uint8).reshape(4, 6)
-    torch.testing.assert_close(decode_inputs(image(pixels, "PNG"), GREY)[0, 0] * 255, torch.arange(24.0).view(4, 6))
+    torch.testing.assert_close(decode(image(pixels, "PNG"), GREY)[0, 0] * 255, torch.arange(24.0).view(4, 6))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +231,7 @@ def test_rows_and_columns_keep_their_places() -> None:
     ],
 )
 def test_a_colour_model_takes_other_kinds_of_images(mode: str, colour: Any, expected: tuple[int, ...]) -> None:
-    x = decode_inputs(image(Image.new(mode, (8, 8), colour), "PNG"), COLOUR)
+    x = decode(image(Image.new(mode, (8, 8), colour), "PNG"), COLOUR)
     torch.testing.assert_close(x[0, :, 3, 3] * 255, torch.tensor(expected, dtype=torch.float32))
 
 
@@ -227,12 +239,12 @@ def test_a_palette_is_looked_up() -> None:
     picture = Image.fromarray(np.full((8, 8, 3), (10, 200, 30), dtype=np.uint8)).convert(
         "P", palette=Image.Palette.ADAPTIVE
     )
-    x = decode_inputs(image(picture, "PNG"), COLOUR)
+    x = decode(image(picture, "PNG"), COLOUR)
     torch.testing.assert_close(x[0, :, 3, 3] * 255, torch.tensor([10.0, 200.0, 30.0]), rtol=0, atol=1.0)
 
 
 def test_a_grey_model_takes_colour_images_as_luminance() -> None:
-    x = decode_inputs(image(np.full((4, 6, 3), (255, 0, 0), dtype=np.uint8), "PNG"), GREY)
+    x = decode(image(np.full((4, 6, 3), (255, 0, 0), dtype=np.uint8), "PNG"), GREY)
     assert x.mean().item() == pytest.approx(0.299, abs=0.01)
 
 
@@ -240,7 +252,7 @@ def test_sixteen_bits_are_scaled_or_refused_but_not_clipped() -> None:
     """Half of the range is 32768 of 65535. Cutting at 255 would serve a white picture without a word."""
     body = image(Image.new("I;16", (6, 4), 32768), "PNG")
     try:
-        x = decode_inputs(body, GREY)
+        x = decode(body, GREY)
     except BadInput:
         return
     torch.testing.assert_close(x, torch.full_like(x, 0.5), rtol=0, atol=0.01)
@@ -309,16 +321,85 @@ def test_a_mangled_png_is_read_or_refused(header: bytes, pixels: bytes, extra: t
 
 
 def test_json_rows() -> None:
-    assert decode_inputs(b'{"inputs": [[1, 2, 3, 4], [5, 6, 7, 8.5]]}', VECTOR).tolist() == [
+    assert decode(b'{"inputs": [[1, 2, 3, 4], [5, 6, 7, 8.5]]}', VECTOR).tolist() == [
         [1, 2, 3, 4],
         [5, 6, 7, 8.5],
     ]
-    assert decode_inputs(b' \n{"inputs": [1, 2, 3, 4]}', VECTOR).tolist() == [[1, 2, 3, 4]]
+    assert decode(b' \n{"inputs": [1, 2, 3, 4]}', VECTOR).tolist() == [[1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("body", [b'{"inputs": [1, "2"]}', b'{"inputs": [1, null]}', b'{"inputs": [[1], 2]}'])
 def test_json_of_mixed_things_is_refused(body: bytes) -> None:
     refused(body, "'inputs' must be numbers nested to equal lengths", VECTOR)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ([0.5, "2", 0.5, 0.5], "got a string"),
+        (["1", "0", "0", "0"], "got a string"),
+        ([0.5, None, 0.5, 0.5], "got null"),
+        ([0.5, {}, 0.5, 0.5], "got an object"),
+        ([0.5, [0.5], 0.5, 0.5], "got a list"),
+        ([0.5, 0.5, 0.5, True], "got a boolean"),
+        ([False, 0.5, 0, 1], "got a boolean"),
+        ([[0, 1, 0, 1], [0, 1, 0.0, False]], "got a boolean"),
+        ([[0.5], 0.5], "got a list beside a number"),
+        ([[0.5], "x"], "got a list beside a string"),
+        ([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5]], "got lists of 2 and 4 at level 1"),
+        ([[[1, 2], [3, 4]], [[1, 2], [3]]], "got lists of 1 and 2 at level 2"),
+        ("cat", "got a string"),
+        (False, "got a boolean"),
+    ],
+    ids=str,
+)
+def test_what_is_not_a_number_is_named(inputs: Any, said: str) -> None:
+    refused(orjson.dumps({"inputs": inputs}), said, VECTOR)
+    with pytest.raises(BadInput, match=said):
+        decode_tensor(inputs, "FP32", [np.array(inputs, dtype=object).size], VECTOR, "input")
+
+
+def test_numbers_of_every_kind_keep_their_value_and_place() -> None:
+    inputs = [[[0, 1, -1, 2**63], [0.0, 1.0, -0.5, 2**64 - 1]], [[1e-300, 1e39, 7, 3], [5, 6, 7, 8.5]]]
+    x = decode(orjson.dumps({"inputs": inputs}), VECTOR)
+    with np.errstate(over="ignore"):
+        assert torch.equal(x, torch.from_numpy(np.array(inputs, dtype=np.float64).astype(np.float32)))
+
+
+@pytest.mark.parametrize(("levels", "taken"), [(32, True), (33, False), (1000, False)])
+def test_nesting_has_an_end(levels: int, taken: bool) -> None:
+    body = b'{"inputs": ' + b"[" * levels + b"0.5" + b"]" * levels + b"}"
+    if taken:
+        assert decode(body, VECTOR).dim() == levels
+    else:
+        refused(body, "at most 32 levels deep", VECTOR)
+
+
+def test_more_values_than_the_rows_allowed_are_refused_before_they_are_converted() -> None:
+    said = "1 to 2 rows (limits.rows_per_request) of shape [4], that is at most 8 values, got 12"
+    rows = np.zeros((3, 4), dtype=np.float32)
+    for body in (orjson.dumps({"inputs": rows.tolist()}), orjson.dumps({"inputs": ["x"] * 12}), npy(rows)):
+        with pytest.raises(BadInput) as caught:
+            decode(body, VECTOR, max_rows=2)
+        assert said in str(caught.value)
+    assert decode(orjson.dumps({"inputs": rows[:2].tolist()}), VECTOR, max_rows=2).shape == (2, 4)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+@pytest.mark.parametrize("first", [True, False], ids=["text first", "text last"])
+def test_a_long_text_among_many_does_not_multiply(nested: bool, first: bool) -> None:
+    """An array of fixed-width texts would take 4 bytes x the longest x the number of them: 800 MB for 90 KB."""
+    texts: list[Any] = ["x" * 10_000, *[""] * 20_000] if first else [*[0.5] * 20_000, "x" * 10_000]
+    data = [[text] for text in texts] if nested else texts
+    body = orjson.dumps({"inputs": data})
+    tracemalloc.start()
+    try:
+        refused(body, "got a string")
+        with pytest.raises(BadInput, match="got a string"):
+            decode_tensor(data, "FP32", [20_001], COLOUR, "input")
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
 
 
 # V2 tensors

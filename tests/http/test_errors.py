@@ -15,7 +15,7 @@ import pytest
 from tests.http.conftest import Loaded, Server, infer_body, running
 from tests.serving import MODEL, rows
 from tta_server.errors import TtaError
-from tta_server.http import problems
+from tta_server.http import codec, problems, wire
 
 pytestmark = pytest.mark.anyio
 
@@ -98,7 +98,7 @@ async def test_a_wrong_method_on_a_stream_tells_all_that_are_allowed(server: Ser
         (PREDICT, b'{"inputs": [], "model": "x"}', "nothing else"),
         (PREDICT, b'{"inputs": "cat"}', "must be numbers"),
         (PREDICT, b'{"inputs": null}', "must be numbers"),
-        (PREDICT, b'{"inputs": {"a": 1}}', "must be numbers"),
+        (PREDICT, b'{"inputs": {"a": 1}}', "must be numbers nested to equal lengths, got an object"),
         (PREDICT, b'{"inputs": [true, false]}', "must be numbers"),
         (PREDICT, b'{"inputs": [[1, 2], [3]]}', "equal lengths"),
         (PREDICT, b'{"inputs": 5}', "[rows, 3, 8, 8], got []"),
@@ -184,6 +184,8 @@ async def test_bodies_that_are_not_requests(server: Server, path: str, body: byt
         (v2() | {"parameters": {"tta_seq": 1.0}}, "tta_seq must be int"),
         (v2() | {"parameters": {"tta_seq": -1, "sequence_id": 1}}, "tta_seq must not be negative"),
         (v2() | {"parameters": {"tta_seq": 1}}, "needs a stream"),
+        (v2() | {"parameters": {"tta_sec": 1}}, "no parameter 'tta_sec'; there are: tta_adapt, tta_policy, tta_seq"),
+        (v2() | {"parameters": {"tta_": 0, "tta_adapt": False}}, "no parameter 'tta_'; there are"),
         (v2() | {"parameters": {"timeout": "soon"}}, "timeout must be int"),
         (v2() | {"parameters": {"timeout": -1}}, "timeout"),
     ],
@@ -209,6 +211,26 @@ async def test_queries_that_do_not_fit(server: Server, query: str) -> None:
     response = await server.client.post(f"{PREDICT}?{query}", json={"inputs": rows(1).tolist()})
     assert query.split("=")[0] in error_of(response, 400)
     assert (await server.info("s"))["requests"] == 0
+
+
+@pytest.mark.parametrize("query", ["adpat=false", "adapt=false&Seq=3", "=", "x" * 999 + "=1", "output=logits&model="])
+async def test_a_query_parameter_that_is_none_is_not_passed_over(server: Server, query: str) -> None:
+    await server.open("s")
+    response = await server.client.post(f"{PREDICT}?{query}", json={"inputs": rows(1).tolist()})
+    text = error_of(response, 400)
+    assert text.startswith("no query parameter '")
+    assert text.endswith("; there are: seq, adapt, timeout, output")
+    assert len(text) < 150
+    assert (await server.info("s"))["requests"] == 0
+
+
+async def test_the_known_query_parameters_are_the_documented_ones(server: Server) -> None:
+    document = await server.json("GET", "/openapi.json")
+    operation = document["paths"]["/v1/streams/{id}/predict"]["post"]
+    documented = {one["name"] for one in operation["parameters"] if one["in"] == "query"}
+    await server.open("s")
+    text = error_of(await server.client.post(f"{PREDICT}?x=1", json={"inputs": rows(1).tolist()}), 400)
+    assert set(text.partition("there are: ")[2].split(", ")) == documented
 
 
 @pytest.mark.parametrize(
@@ -261,7 +283,7 @@ async def test_a_policy_that_cannot_run_on_the_model_is_a_conflict(
     from adapters.tent import Tent
 
     monkeypatch.setattr(Tent, "needs", frozenset({"fisher"}))
-    response = await server.client.put("/v1/streams/s", json={"policy": "tent"})
+    response = await server.client.put("/v1/streams/s", json={"policy": "tent", "settings": {"lr": 0.02}})
     assert "needs fisher" in error_of(response, 409)
 
 
@@ -295,6 +317,22 @@ async def test_rows_over_the_limit(loaded: Loaded) -> None:
         ]
         for response in responses:
             assert "limits.rows_per_request" in error_of(response, 400)
+
+
+@pytest.mark.parametrize("path", [PREDICT, INFER])
+@pytest.mark.parametrize("inline", [True, False], ids=["inline", "thread"])
+async def test_memory_that_does_not_suffice_is_the_bodys_fault(
+    server: Server, monkeypatch: pytest.MonkeyPatch, path: str, inline: bool
+) -> None:
+    def no_memory(*_: Any) -> Any:
+        raise MemoryError
+
+    await server.open("s")
+    monkeypatch.setattr(codec, "_numbers", no_memory)
+    monkeypatch.setattr(wire, "DECODE_INLINE", 2**20 if inline else 0)
+    body = {"inputs": rows(1).tolist()} if path == PREDICT else infer_body(rows(1))
+    assert "not enough memory" in error_of(await server.client.post(path, json=body), 413)
+    assert (await server.info("s"))["requests"] == 0
 
 
 async def pieces(body: bytes) -> AsyncIterator[bytes]:

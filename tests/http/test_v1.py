@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -22,6 +23,7 @@ from torch import Tensor
 import adapters
 from tests.http.conftest import Loaded, Server, infer_body, running
 from tests.serving import CLASSES, LR, MODEL, rows, tiny_network
+from tta_server.http import schemas
 from tta_server.http.schemas import Prediction, Problem, StreamInfo, StreamList
 
 pytestmark = pytest.mark.anyio
@@ -464,6 +466,38 @@ async def test_answers_are_as_documented(server: Server) -> None:
         kind.model_validate(content)
         assert set(schemas[name]["properties"]) >= content.keys(), name
         assert content.keys() >= set(schemas[name].get("required", ())), name
+
+
+async def test_every_answer_fits_its_documented_schema(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each route that answers JSON is called; its answer has what its model says, and nothing else at any depth."""
+    model = server.service.models[MODEL]
+    refused = {"name": "norm", "runs": False, "reason": "not on this one"}
+    monkeypatch.setitem(server.service.models, MODEL, replace(model, reports={**model.reports, "norm": refused}))
+    document = await server.json("GET", "/openapi.json")
+    await server.open("s")
+    x = rows(2)
+    bodies: dict[tuple[str, str], Any] = {
+        ("patch", "/v1/streams/{id}"): {"adapt": True},
+        ("post", "/v1/streams/{id}/predict"): {"inputs": x.tolist()},
+        ("post", "/v2/models/{name}/infer"): infer_body(x) | {"id": "7"},
+        ("post", "/v2/models/{name}/versions/{version}/infer"): infer_body(x, sequence_id="s", sequence_start=True),
+    }
+    called = set()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if path == "/metrics" or method == "delete":
+                continue
+            schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
+            assert "$ref" in schema, (method, path, "the document does not say what comes back")
+            kind: type[BaseModel] = getattr(schemas, schema["$ref"].rpartition("/")[2])
+            name = "tent" if "policies" in path else MODEL
+            target = path.format(id="s", name=name, version="1")
+            content = await server.json(method.upper(), target, json=bodies.get((method, path)))
+            read = kind.model_validate(content)
+            assert read.model_dump(mode="json", exclude_unset=True) == content, (method, path)
+            called.add((method, path))
+    assert bodies.keys() < called
+    assert len(called) == 19
 
 
 async def test_the_documentation_page_is_served(server: Server) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from adapters.base import State
 from tests.adapters.networks import assert_same, flat, join, take
 from tta_server.policies import make_policy
-from tta_server.state.slots import Layout, SlotPool
+from tta_server.state.slots import Layout, Packed, SlotPool
 from tta_server.state.store import Lease, StateStore
 from tta_server.types import Lane, Stream
 
@@ -329,17 +329,63 @@ def test_a_stream_in_a_step_cannot_be_touched() -> None:
     store.check_integrity()
 
 
-def test_lanes_do_not_share() -> None:
-    """Each has its own slots; a stream's state in one is none in another."""
+def test_lanes_share_the_slots_but_no_state() -> None:
+    """The device's slots are one budget; the state used longest ago makes room, whatever its lane."""
     store, a, b = make_store(slots=1), make_stream("a"), make_stream("b", OTHER)
     store.add_lane(OTHER, make_state(-2.0))
     commit(store, {a: make_state(1.0)})
     assert_same(held(store, b, OTHER), flat(make_state(-2.0)))
     commit(store, {b: make_state(2.0)}, OTHER)
-    assert store.evictions == 0
+    assert store.evictions >= 1
+    assert store.tier(LANE, a) == "host"
+    assert store.tier(OTHER, b) == "device"
+    store.check_integrity()
     store.add_lane(LANE, make_state(-3.0))
     assert_same(held(store, a), flat(make_state(1.0)))
     assert_same(held(store, make_stream("c")), flat(INITIAL))
+
+
+def test_a_state_survives_a_device_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fetched stays where it was until it has arrived, and the slot meant for it is free again."""
+    store, a, b = make_store(slots=1), make_stream("a"), make_stream("b")
+    commit(store, {a: make_state(1.0)})
+    commit(store, {b: make_state(2.0)})
+    assert store.tier(LANE, a) == "host"
+
+    def broken(self: SlotPool, slot: int, packed: Packed) -> None:
+        raise RuntimeError("device lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotPool, "write", broken)
+        with pytest.raises(RuntimeError, match="device lost"):
+            store.lease(LANE, [a])
+    store.check_integrity()
+    assert a.version == 1
+    assert_same(held(store, a), flat(make_state(1.0)))
+
+
+def test_a_pool_survives_a_growth_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its tensors grow, or none."""
+    store, streams = make_store(slots=4), [make_stream(str(index)) for index in range(3)]
+    commit(store, {streams[0]: make_state(0.0)})
+    empty, calls = torch.empty, 0
+
+    def failing(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("out of memory")
+        return empty(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            store.lease(LANE, [streams[1]])
+    for index, stream in enumerate(streams[1:], start=1):
+        commit(store, {stream: make_state(float(index))})
+    store.check_integrity()
+    for index, stream in enumerate(streams):
+        assert_same(held(store, stream), flat(make_state(float(index))))
 
 
 def test_a_policy_without_state_takes_no_room() -> None:
@@ -415,11 +461,12 @@ def test_host_memory_holds_many_states_and_reuses_their_room() -> None:
     check()
     add(90)
     check()
-    lease, states = store.lease(LANE, list(values)[:2])
-    for index, stream in enumerate(lease.streams):
-        assert_same(flat(take(states, index)), flat(make_state(values[stream])))
-    store.release(lease)
+    for stream, value in values.items():  # each comes to the device and pushes another out
+        lease, states = store.lease(LANE, [stream])
+        assert_same(flat(states), flat(make_state(value)))
+        store.release(lease)
     check()
+    assert len(store._lanes[LANE].rows._chunks) == 3, "room for the 164 in host memory, and no more"
 
 
 # --- any order of calls, against a dict --------------------------------------------------------------------------
@@ -463,8 +510,7 @@ class StoreMachine(RuleBasedStateMachine):
         if not chosen:
             return
         self.store.add_lane(lane, self.lanes[lane])
-        taken = sum(len(lease.streams) for lease in self.leases if lease.lane == lane)
-        if taken + len(chosen) > self.SLOTS:
+        if len(self.leased) + len(chosen) > self.SLOTS:
             with pytest.raises(ValueError, match="slots are leased"):
                 self.store.lease(lane, chosen)
             return

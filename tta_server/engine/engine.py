@@ -10,16 +10,17 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from adapters import losses, rng
-from adapters.base import Batch, Forward, Output, Policy, Scope, Segments, State, Step
+from adapters import losses
+from adapters.base import Policy, Scope, Segments, State, Step
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.norm import Pass
+from tta_server.engine.run import PolicyRun
 from tta_server.engine.source import SourceModel
 from tta_server.errors import StepFailed
 from tta_server.state.store import Lease, StateStore
@@ -34,14 +35,11 @@ AnswerJob = Callable[[Job, Answer | StepFailed], None]
 class _Served:
     """What the first half of a step left: the answered rows, and which jobs' are compared with the source."""
 
-    segments: Segments
-    x: Tensor
+    run: PolicyRun
     logits: Tensor
     entropy: Tensor
     confidence: Tensor
     sampled: list[int]
-    distances: list[Tensor]
-    """Where the source model answered: by layer, each job's distance to the source's statistics, ``[S]``."""
 
 
 class Engine:
@@ -91,57 +89,54 @@ class Engine:
         lease: Lease | None = None
         try:
             try:
-                segments = Segments([job.rows for job in jobs], model.network.device)
-                x = torch.cat([job.x for job in jobs if job.x is not None]).to(
-                    model.network.device, model.network.dtype
-                )
                 state = State({}, {})
                 if not self.store.has_lane(lane):
                     self.store.add_lane(lane, initial_state(lane.policy, model))
                 if self.store.has_state(lane):
                     lease, state = self.store.lease(lane, [job.stream for job in jobs])
                 sampled = self._sample(lane, jobs)
-                distances: list[Tensor] = []
-
-                def forward(weights: Mapping[str, Tensor], x: Tensor) -> Output:
-                    watch = bool(sampled) and lane.policy.scope is Scope.NONE
-                    now = Pass(segments, weights, lane.policy.norm, observe=watch, distances=distances)
-                    return model.network.run(now, x)
-
-                running = lane.policy.step(model.source, state, _batch(jobs, segments, x, forward))
-                scores = next(running).detach().to("cpu", torch.promote_types(model.network.dtype, torch.float32))
-                entropy, confidence = losses.entropy(scores), scores.softmax(1).amax(1)
-                served = _Served(segments, x, scores, entropy, confidence, sampled, distances)
+                run = PolicyRun(model, lane, jobs, state, watch=bool(sampled) and lane.policy.scope is Scope.NONE)
+                logits = run.scores()
+                served = _Served(run, logits, losses.entropy(logits), logits.softmax(1).amax(1), sampled)
             except Exception as error:
                 raise _Unanswered from error
             forward_seconds = time.monotonic() - started
             finite = self._answer(lane, jobs, served, started, forward_seconds, answer)
             adapt_started = time.monotonic()
-            results, signals = self._adapt(jobs, running, lease, finite)
+            results, signals = self._adapt(model, lane, jobs, run, lease, finite)
             adapt_seconds = time.monotonic() - adapt_started
         finally:
             if lease is not None:
                 self.store.release(lease)
         shadow_seconds = self._measure(model, lane, jobs, served, signals)
+        sizes = run.segments.sizes
+        rows = zip(served.entropy.split(sizes), served.confidence.split(sizes), strict=True)
         stats = []
-        for job, rows, entropy, confidence, result, own in zip(
-            jobs, segments.sizes, served.entropy.split(segments.sizes), served.confidence.split(segments.sizes),
-            results, signals, strict=True,
-        ):  # fmt: skip
-            job.stream.requests += 1
-            job.stream.adapted += lane.policy.scope is not Scope.NONE
+        for job, (entropy, confidence), result, own in zip(jobs, rows, results, signals, strict=True):
             own |= {"entropy": entropy.mean().item(), "confidence": confidence.mean().item()}
-            if job.stream.id:
-                self.monitor.update(job.stream, {name: value for name, value in own.items() if math.isfinite(value)})
-            stats.append(JobStats(job.stream, rows, started - job.arrived, entropy, confidence, result, own))
+            self._count(lane, job.stream, own)
+            stats.append(JobStats(job.stream, job.rows, started - job.arrived, entropy, confidence, result, own))
         return StepStats(lane, stats, forward_seconds, adapt_seconds, shadow_seconds)
+
+    def _count(self, lane: Lane, stream: Stream, signals: dict[str, float]) -> None:
+        """Takes an answered request into its stream's counters and averages.
+
+        An answer of the plain source model says nothing of how the adapted one does: of that, only drift counts.
+        """
+        stream.requests += 1
+        stream.adapted += lane.policy.scope is not Scope.NONE
+        if stream.id:
+            own = lane.policy == stream.policy
+            told = {name: value for name, value in signals.items() if math.isfinite(value) and (own or name == DRIFT)}
+            self.monitor.update(stream, told)
 
     def _answer(
         self, lane: Lane, jobs: list[Job], served: _Served, started: float, seconds: float, answer: AnswerJob
     ) -> list[bool]:
         """Answers every job; returns whose scores were finite."""
         finite = []
-        parts = (one.split(served.segments.sizes) for one in (served.logits, served.entropy, served.confidence))
+        sizes = served.run.segments.sizes
+        parts = (one.split(sizes) for one in (served.logits, served.entropy, served.confidence))
         for job, logits, entropy, confidence in zip(jobs, *parts, strict=True):
             finite.append(bool(logits.isfinite().all()))
             if not finite[-1]:
@@ -166,23 +161,37 @@ class Engine:
         return finite
 
     def _adapt(
-        self, jobs: list[Job], running: Generator[Tensor, None, Step], lease: Lease | None, finite: list[bool]
+        self, model: SourceModel, lane: Lane, jobs: list[Job], run: PolicyRun, lease: Lease | None, finite: list[bool]
     ) -> tuple[list[str], list[dict[str, float]]]:
-        """The second half of the policy's step, and its commit: a result and the policy's signals per job."""
-        signals: list[dict[str, float]] = [{} for _ in jobs]
+        """The second half of the policy's step, and its commit: a result and the policy's signals per job.
+
+        When it fails for several streams, each takes its step again by itself: one stream's fault is not the others'.
+        """
         try:
-            step = _finish(running)
-            for name, values in step.signals.items():
-                for own, value in zip(signals, values.tolist(), strict=True):
-                    own[name] = value
-            kept = [False] * len(jobs)
-            if lease is not None:
-                kept = self.store.commit(lease, step.state, finite)
+            return self._commit(jobs, run.finish(), lease, finite)
         except Exception:  # the answers have left; nothing was committed, the streams stay as they were
             log.exception("adaptation failed", extra={"streams": [job.stream.id for job in jobs]})
-            return ["failed"] * len(jobs), [{} for _ in jobs]
+        results, signals = ["failed"] * len(jobs), list[dict[str, float]]({} for _ in jobs)
+        for index, job in enumerate(jobs if len(jobs) > 1 else ()):
+            try:
+                part, state = (None, State({}, {})) if lease is None else self.store.part(lease, index)
+                alone = PolicyRun(model, lane, [job], state)
+                alone.scores()
+                (results[index],), (signals[index],) = self._commit([job], alone.finish(), part, [finite[index]])
+            except Exception:  # this is the stream whose fault it was
+                log.exception("adaptation failed", extra={"stream": job.stream.id})
+        return results, signals
+
+    def _commit(
+        self, jobs: list[Job], step: Step, lease: Lease | None, finite: list[bool]
+    ) -> tuple[list[str], list[dict[str, float]]]:
+        signals: list[dict[str, float]] = [{} for _ in jobs]
+        for name, values in step.signals.items():
+            for own, value in zip(signals, values.tolist(), strict=True):
+                own[name] = value
         if lease is None:
             return ["none" if one else "rejected_nonfinite" for one in finite], signals
+        kept = self.store.commit(lease, step.state, finite)
         return ["applied" if keep else "rejected_nonfinite" for keep in kept], signals
 
     def _measure(
@@ -198,10 +207,11 @@ class Engine:
         started = time.monotonic()
         try:
             if lane.policy.scope is Scope.NONE:
-                _add(signals, range(len(jobs)), DRIFT, served.distances)
+                _add(signals, range(len(jobs)), DRIFT, served.run.distances)
                 return 0.0
-            x_parts, served_parts = served.x.split(served.segments.sizes), served.logits.split(served.segments.sizes)
-            segments = Segments([served.segments.sizes[index] for index in served.sampled], served.x.device)
+            sizes = served.run.segments.sizes
+            x_parts, served_parts = served.run.x.split(sizes), served.logits.split(sizes)
+            segments = Segments([sizes[index] for index in served.sampled], model.network.device)
             watched = Pass(segments, observe=True)
             with torch.no_grad():
                 source = model.network.run(
@@ -239,12 +249,6 @@ def initial_state(policy: Policy, model: SourceModel) -> State:
     return policy.init(model.source)
 
 
-def _batch(jobs: list[Job], segments: Segments, x: Tensor, forward: Forward) -> Batch:
-    keys = torch.tensor([job.stream.random_key for job in jobs], device=x.device)
-    steps = torch.tensor([job.stream.version for job in jobs], device=x.device)
-    return Batch(x, segments, forward, rng.Uniform(keys, steps, x.dtype))
-
-
 class _Unanswered(Exception):
     """A step that failed before any of its answers left; the reason is its cause."""
 
@@ -254,12 +258,3 @@ def _add(signals: list[dict[str, float]], jobs: Iterable[int], name: str, layers
     if layers:
         for job, value in zip(jobs, torch.stack(layers).mean(0).tolist(), strict=True):
             signals[job][name] = value
-
-
-def _finish(running: Generator[Tensor, None, Step]) -> Step:
-    try:
-        next(running)
-    except StopIteration as end:
-        step: Step = end.value
-        return step
-    raise RuntimeError("the policy yielded a second time; a step yields its logits once")

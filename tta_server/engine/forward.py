@@ -17,7 +17,7 @@ from adapters.base import Output, Segments
 from tta_server.engine.norm import Conduit, Pass, replace_norms
 from tta_server.engine.stable import stabilise
 from tta_server.errors import ConfigError
-from tta_server.settings import InputSettings
+from tta_server.settings import InputSettings, type_and_line
 
 
 class StreamwiseNetwork:
@@ -71,27 +71,42 @@ class Probed(NamedTuple):
     """Largest difference between rows' scores in a batch and alone: 0, or rounding."""
 
 
+def plain_rows(network: StreamwiseNetwork, spec: InputSettings, count: int) -> Tensor:
+    """Inputs ``[count, ...]`` to try a network with: within the range, all different, always the same."""
+    low, high = spec.range or (-1.0, 1.0)
+    size = (count, *spec.shape)
+    ramp = torch.linspace(0, 1, math.prod(size), dtype=torch.float64).view(size)
+    return (low + (high - low) * (0.5 + 0.5 * torch.sin(1e3 * ramp))).to(network.device, network.dtype)
+
+
 def probe(network: StreamwiseNetwork, spec: InputSettings) -> Probed:
     """Checks that the network is one we can serve, by running it.
 
-    Three different rows together and one by one must score alike: a layer that mixes rows would let streams leak into
-    one another. Raises ``ConfigError``.
+    Three streams of one row each must score alike together and one by one: a layer that mixes rows would let streams
+    leak into one another. Raises ``ConfigError``.
     """
-    low, high = spec.range or (-1.0, 1.0)
-    size = (3, *spec.shape)
-    ramp = torch.linspace(0, 1, math.prod(size), dtype=torch.float64).view(size)
-    x = (low + (high - low) * (0.5 + 0.5 * torch.sin(1e3 * ramp))).to(network.device, network.dtype)
+    x = plain_rows(network, spec, 3)
     try:
-        together = network.run(Pass(Segments([3], network.device)), x)
-        alone = [network.run(Pass(Segments([1], network.device)), row.unsqueeze(0)).logits for row in x]
-    except RuntimeError as error:
-        raise ConfigError(f"the model does not run on inputs of shape {list(spec.shape)}: {error}") from error
-    for name, value in (("scores", together.logits), ("input of the head", together.features)):
-        if value.dim() != 2 or len(value) != 3:
-            raise ConfigError(f"the {name} must be [rows, values], got {list(value.shape)} for 3 rows")
+        together = network.run(Pass(Segments([1, 1, 1], network.device)), x)
+        alone = [network.run(Pass(Segments([1], network.device)), row.unsqueeze(0)) for row in x]
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a user's own forward raises is a fault of the config
+        raise ConfigError(
+            f"the model does not run on inputs of shape {list(spec.shape)}: {type_and_line(error)}"
+        ) from error
+    if not isinstance(together.logits, Tensor):
+        raise ConfigError(
+            f"the model returns a {type(together.logits).__name__}; it must return the scores alone, "
+            "a tensor [rows, classes]"
+        )
+    for rows, output in ((3, together), *((1, one) for one in alone)):
+        for name, value in (("scores", output.logits), ("input of the head", output.features)):
+            if value.dim() != 2 or len(value) != rows:
+                raise ConfigError(f"the {name} must be [rows, values], got {list(value.shape)} for {rows} rows")
     if not together.logits.isfinite().all():
         raise ConfigError("the model's scores for plain inputs are not finite; are the weights sound?")
-    gap = (together.logits - torch.cat(alone)).abs().max().item()
+    gap = (together.logits - torch.cat([one.logits for one in alone])).abs().max().item()
     if gap > 1e-3 * max(1.0, together.logits.abs().max().item()):
         raise ConfigError(
             f"rows influence one another in this model (scores differ by {gap:.3g} between a batch and single rows), "

@@ -52,9 +52,15 @@ class Conduit:
     def __init__(self) -> None:
         self.current: Pass | None = None
 
-    def get(self) -> Pass:
+    def get(self, x: Tensor) -> Pass:
+        """The pass in which a layer gets ``x``, whose first dimension must be the rows."""
         if self.current is None:
             raise RuntimeError("a norm layer ran outside of a forward pass of the engine")
+        if len(x) != self.current.segments.rows:
+            raise RuntimeError(
+                f"a norm layer got {list(x.shape)} in a batch of {self.current.segments.rows} rows: streams can only "
+                "be told apart where rows are the first dimension (is the model sequence-first, or does it fold rows?)"
+            )
         return self.current
 
 
@@ -77,7 +83,9 @@ class StreamNorm(nn.Module):
 
     def _own(self, key: str, now: Pass) -> Tensor | None:
         """The streams' tensor ``[S, ...]`` of this layer under ``key``; else the source's, as ``[1, ...]``."""
-        stacked = now.weights.get(f"{self.name}.{key}")
+        name = f"{self.name}.{key}"
+        # A running norm that runs twice in a pass goes on from its first time.
+        stacked = now.statistics.get(name, now.weights.get(name))
         if stacked is not None:
             return stacked
         source: Tensor | None = getattr(self, key)
@@ -97,14 +105,14 @@ class StreamBatchNorm(StreamNorm):
         self.channels = int(original.num_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        now = self._conduit.get()
+        now = self._conduit.get(x)
         if now.observe and self.running_mean is not None and self.running_var is not None:
-            now.distances.append(_distance(x, now.segments, self.running_mean, self.running_var))
+            now.distances.append(_distance(x, now.segments, self.running_mean, self.running_var, self.eps))
         if now.norm == SOURCE_NORM and self._is_shared(now) and self.running_mean is not None:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         gamma, beta = self._own("weight", now), self._own("bias", now)
-        if gamma is None:
-            gamma, beta = x.new_ones(1, self.channels), x.new_zeros(1, self.channels)
+        gamma = x.new_ones(1, self.channels) if gamma is None else gamma
+        beta = x.new_zeros(1, self.channels) if beta is None else beta
         mean, var = self._own("running_mean", now), self._own("running_var", now)
         norm = now.norm
         if mean is None or var is None:
@@ -117,7 +125,7 @@ class StreamBatchNorm(StreamNorm):
         if norm.running and self.running_mean is not None:
             now.statistics[f"{self.name}.running_mean"] = mean
             now.statistics[f"{self.name}.running_var"] = var
-        return y
+        return y.view_as(x)
 
 
 class StreamLayerNorm(StreamNorm):
@@ -128,7 +136,7 @@ class StreamLayerNorm(StreamNorm):
         self.shape = original.normalized_shape
 
     def forward(self, x: Tensor) -> Tensor:
-        now = self._conduit.get()
+        now = self._conduit.get(x)
         if self._is_shared(now):
             return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
         y = F.layer_norm(x, self.shape, None, None, self.eps)
@@ -144,7 +152,7 @@ class StreamGroupNorm(StreamNorm):
         self.groups = original.num_groups
 
     def forward(self, x: Tensor) -> Tensor:
-        now = self._conduit.get()
+        now = self._conduit.get(x)
         if self._is_shared(now):
             return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
         y = F.group_norm(x, self.groups, None, None, self.eps)
@@ -165,13 +173,13 @@ REPLACED: dict[type[nn.Module], type[StreamNorm]] = {
 def replace_norms(model: nn.Module, conduit: Conduit) -> list[str]:
     """Puts stream-wise layers in the place of the model's norm layers; returns their names. Mutates ``model``."""
     made: dict[nn.Module, StreamNorm] = {}
-    for parent_name, parent in list(model.named_modules()):
+    # Torch names a tensor by the first way to its layer; a layer found in another place has to go by the same name.
+    names = {module: name for name, module in model.named_modules()}
+    for parent in list(names):
         for child_name, child in list(parent._modules.items()):  # named_children names a shared child once
             kind = REPLACED.get(type(child))
             if child is not None and kind is not None:
-                name = f"{parent_name}.{child_name}" if parent_name else child_name
-                # A layer used in two places stays one layer, with the name of the first.
-                made.setdefault(child, kind(child, name, conduit))
+                made.setdefault(child, kind(child, names[child], conduit))
                 setattr(parent, child_name, made[child])
     return [layer.name for layer in made.values()]
 
@@ -207,15 +215,16 @@ def _flat(x: Tensor) -> Tensor:
     return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
 
 
-def _distance(x: Tensor, segments: Segments, source_mean: Tensor, source_var: Tensor) -> Tensor:
+def _distance(x: Tensor, segments: Segments, source_mean: Tensor, source_var: Tensor, eps: float) -> Tensor:
     """Normalised squared 2-Wasserstein distance of each stream's batch statistics to the source's -> ``[S]``.
 
-    ``mean_c [(m - M)^2 + (sqrt v - sqrt V)^2] / V``, dimensionless.
+    ``mean_c [(m - M)^2 + (sqrt v - sqrt V)^2] / (V + eps)``, dimensionless; ``eps`` is the layer's own, so that a dead
+    channel, of no variance in the source, does not count for more than the layer makes of it.
     """
     with torch.no_grad():
         _, _, mean, var, _ = _moments(_flat(x), segments)
         squared = (mean - source_mean).square() + (var.sqrt() - source_var.sqrt()).square()
-        return (squared / source_var.clamp_min(torch.finfo(x.dtype).tiny)).mean(1)
+        return (squared / (source_var + eps)).mean(1)
 
 
 def _affine(
@@ -238,7 +247,7 @@ def _affine(
 
 class _SegmentBatchNorm(torch.autograd.Function):
     """The module's formulas. ``gamma, beta, mean, var``: ``[S, channels]`` or ``[1, channels]``, the latter two without
-    gradient. Returns ``y`` and the statistics used, ``[S, channels]``."""
+    gradient. Returns ``y [N, channels, L]`` and the statistics used, ``[S, channels]``."""
 
     @staticmethod
     def forward(
@@ -280,14 +289,16 @@ class _SegmentBatchNorm(torch.autograd.Function):
         ctx.segments, ctx.norm = segments, norm
         ctx.shared = len(gamma) < segments.streams, len(beta) < segments.streams
         ctx.mark_non_differentiable(mean, var)
-        return y.view_as(x), mean, var
+        ctx.shape = x.shape
+        # Not viewed as x here: what a Function returns as a view cannot be changed in place, as many networks do next.
+        return y, mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         rows, shift, batch_shift, r, a, row_a, weight = ctx.saved_tensors
         segments = ctx.segments
-        g = _flat(g_y)
+        g = g_y
         row_g = g.sum(2)
         g_beta = segments.sum(row_g)
         g_gamma = segments.sum((g * rows).sum(2).addcmul_(row_g, shift)).mul_(r)
@@ -303,7 +314,7 @@ class _SegmentBatchNorm(torch.autograd.Function):
                 row_slope = segments.spread(slope)
                 offset = torch.addcmul(segments.spread(through * g_beta), row_slope, batch_shift)
                 g_x.addcmul_(rows, row_slope.unsqueeze(2)).add_(offset.unsqueeze(2))
-            g_x = g_x.view_as(g_y)
+            g_x = g_x.view(ctx.shape)
         if ctx.shared[0]:
             g_gamma = g_gamma.sum(0, keepdim=True)
         if ctx.shared[1]:

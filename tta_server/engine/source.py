@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import pickle
+import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from adapters.base import Source
 from tta_server.engine.forward import StreamwiseNetwork, probe
 from tta_server.engine.norm import REPLACED
 from tta_server.errors import ConfigError
-from tta_server.settings import InputSettings, ModelSettings, Settings
+from tta_server.settings import InputSettings, ModelSettings, Settings, type_and_line
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,11 @@ class SourceModel:
     norm_layers: dict[str, int]
     """Adaptable norm layers by type."""
     left_alone: tuple[str, ...]
-    """Layers named like norm layers but of a type we do not know; they stay as trained."""
+    """Layers named like norm layers but of a type that streams cannot adapt yet; they stay as trained."""
     row_gap: float
     """Largest difference between rows' scores in a batch and alone, as measured here: 0, or rounding."""
+    reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By policy, how it does on this model under its preset, see ``report.py``. Filled in once all is loaded."""
 
     @property
     def adaptable_values(self) -> int:
@@ -103,10 +106,13 @@ def choose_device(wanted: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
-        torch.empty(1, device=device)
+        if device.type in ("cpu", "cuda"):
+            torch.empty(1, device=device)
+            return device
+        reason = "it must be auto, cpu, cuda or cuda:<number>"
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"server.device = {wanted!r} cannot be used here: {error}") from error
-    return device
+        reason = type_and_line(error)
+    raise ConfigError(f"server.device = {wanted!r} cannot be used here: {reason}")
 
 
 def _build(spec: ModelSettings, folder: Path) -> nn.Module:
@@ -119,7 +125,7 @@ def _build(spec: ModelSettings, folder: Path) -> nn.Module:
         network = cast("Callable[..., object]", factory)(**spec.arguments)
     except Exception as error:  # whatever a user's own factory raises is a fault of the config
         raise ConfigError(
-            f"the factory {spec.factory!r} failed: {type(error).__name__}: {error} "
+            f"the factory {spec.factory!r} failed: {type_and_line(error)} "
             f"(modules are looked for in the installed packages and in {folder.absolute()})"
         ) from error
     finally:
@@ -156,14 +162,34 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             raise ConfigError(f"{path} is not a readable safetensors file: {error}") from error
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        # Not in torch's words: they advise to switch this very protection off.
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise ConfigError(
-            f"{path} cannot be read as a plain state dict: {_first_line(error)} Anything else that torch.save writes "
-            "may run code when loaded, so it is refused; save model.state_dict(), best as safetensors"
+            f"{path} is not a plain state dict{f', it holds {found[1]}' if found else ''}. Anything else that "
+            "torch.save writes may run code when loaded, so it is refused; save model.state_dict(), best as safetensors"
         ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ConfigError(f"{path} must hold a state dict, names to tensors; got {type(loaded).__name__}")
+    except Exception as error:  # on a file of another kind, torch's reader raises whatever it stumbles over
+        raise ConfigError(
+            f"{path} cannot be read as a state dict saved by torch.save ({type_and_line(error)}); "
+            "save model.state_dict(), best as safetensors"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            f"{path} must hold a state dict, names to tensors; got {type(loaded).__name__}; save model.state_dict()"
+        )
+    for key, value in loaded.items():
+        if not _is_state_dict({key: value}):
+            inner = next((name for name, one in loaded.items() if _is_state_dict(one)), None)
+            raise ConfigError(
+                f"{path} must hold a state dict, names to tensors, but its entry {key!r} is of type "
+                f"{type(value).__name__}; save {'model.state_dict()' if inner is None else f'checkpoint[{inner!r}]'}"
+            )
     return loaded
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
 def _find_head(network: nn.Module, named: str | None) -> str:
@@ -191,10 +217,6 @@ def _digest(network: nn.Module, spec: InputSettings) -> str:
 
 def _keys(tensors: dict[str, Tensor], layers: list[str], kinds: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{layer}.{kind}" for layer in layers for kind in kinds if f"{layer}.{kind}" in tensors)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0]
 
 
 def _some(names: list[str]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from tta_server.policies import settings_of
+from tta_server.settings import InputSettings
 from tta_server.types import Answer, Stream
 
 
@@ -33,6 +34,60 @@ class PatchStream(_Request):
     """Body of ``PATCH /v1/streams/{id}``."""
 
     adapt: bool = Field(description="Takes effect with the next request. Off: the source model answers, state rests.")
+
+
+class PolicyInfo(BaseModel):
+    """One policy."""
+
+    name: str
+    summary: str
+    scope: str = Field(description="What it adapts.")
+    needs: list[str] = Field(description="Artefacts that the model must have for it.")
+    settings: dict[str, Any] = Field(description="JSON schema of its settings, defaults included.")
+
+
+class PolicyList(BaseModel):
+    """All policies."""
+
+    policies: list[PolicyInfo]
+
+
+class Adaptable(BaseModel):
+    """What policies can change in a model."""
+
+    layers: dict[str, int] = Field(description="Norm layers by type.")
+    values: int = Field(description="Scales and shifts in them.")
+
+
+class PolicyCost(BaseModel):
+    """One policy on one model."""
+
+    name: str
+    runs: bool
+    bytes_per_stream: int | None = Field(default=None, description="Of state; only where the policy runs.")
+    reason: str | None = Field(default=None, description="Only where the policy does not run.")
+
+
+class ModelInfo(BaseModel):
+    """One source model."""
+
+    name: str
+    architecture: str
+    digest: str = Field(description="Hex SHA-256 of weights, architecture and input normalisation.")
+    parameters: int
+    input: InputSettings
+    classes: list[str]
+    feature_dim: int
+    adaptable: Adaptable
+    artefacts: list[str]
+    default_policy: str
+    policies: list[PolicyCost]
+
+
+class ModelList(BaseModel):
+    """All source models."""
+
+    models: list[ModelInfo]
 
 
 class StreamInfo(BaseModel):
@@ -77,6 +132,83 @@ class Prediction(BaseModel):
     agreement: float | None = Field(description="Share of sampled rows so far with the source model's class.")
     queue_seconds: float
     inference_seconds: float
+
+
+class Live(BaseModel):
+    """Whether the process runs."""
+
+    live: bool
+
+
+class Ready(BaseModel):
+    """Whether requests are taken."""
+
+    ready: bool
+
+
+class ServerMetadata(BaseModel):
+    """Open Inference Protocol V2 server metadata."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class TensorMetadata(BaseModel):
+    """One input or output of a model."""
+
+    name: str
+    datatype: str
+    shape: list[int] = Field(description="-1: any size.")
+
+
+class ModelMetadata(BaseModel):
+    """Open Inference Protocol V2 model metadata."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ModelReady(BaseModel):
+    """Whether a model takes requests."""
+
+    name: str
+    ready: bool
+
+
+class OutputTensor(BaseModel):
+    """One output tensor of the Open Inference Protocol."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: list[float | None] = Field(description="Flat, row by row; null: not a number, or infinite.")
+
+
+class InferReport(BaseModel):
+    """What an answer says about its stream. What does not apply is left out."""
+
+    stream_id: str | None = None
+    state_version: int = Field(description="The stream's version that answered.")
+    adapted: bool = Field(description="Whether the adapted model answered.")
+    policy: str = Field(description="What answered.")
+    confidence: float | None = Field(description="Mean over the rows of the largest probability, not calibrated.")
+    drift: float | None = Field(default=None, description="The stream's drift score before this request.")
+    replayed: bool | None = Field(default=None, description="This is the stored answer to a repeated request number.")
+    replaced: bool | None = Field(default=None, description="This request replaced a live stream of the same id.")
+
+
+class InferResponse(BaseModel):
+    """Open Inference Protocol V2 inference response."""
+
+    model_name: str
+    model_version: str
+    id: str | None = Field(default=None, description="As in the request.")
+    parameters: InferReport
+    outputs: list[OutputTensor]
 
 
 class _V2(BaseModel):

@@ -7,18 +7,21 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 
 import adapters
-from tta_server.engine.report import policy_report
 from tta_server.http.codec import decode_inputs, parse_json, read_body
 from tta_server.http.schemas import (
+    ModelInfo,
+    ModelList,
     OpenStream,
     PatchStream,
+    PolicyInfo,
+    PolicyList,
     Prediction,
     StreamInfo,
     StreamList,
     prediction,
     stream_info,
 )
-from tta_server.http.wire import PROBLEMS, decode, json_body, json_response, unless_gone
+from tta_server.http.wire import PROBLEMS, decode, json_body, json_response, refuse_unknown, unless_gone
 from tta_server.policies import describe
 from tta_server.service import Service
 from tta_server.types import DRIFT, Stream
@@ -41,6 +44,7 @@ _PREDICT_BODY = {
         },
     }
 }
+_PREDICT_QUERY = ("seq", "adapt", "timeout", "output")
 
 
 def router(service: Service) -> APIRouter:
@@ -52,12 +56,12 @@ def router(service: Service) -> APIRouter:
         signals = service.signals(stream)
         return stream_info(stream, service.tier(stream), signals, signals.get(DRIFT))
 
-    @routes.get("/policies", tags=["policies"])
+    @routes.get("/policies", tags=["policies"], response_model=PolicyList)
     async def list_policies() -> Response:
         """Every policy with the JSON schema of its settings."""
         return json_response({"policies": [describe(name) for name in adapters.policies()]})
 
-    @routes.get("/policies/{name}", tags=["policies"])
+    @routes.get("/policies/{name}", tags=["policies"], response_model=PolicyInfo)
     async def get_policy(name: str) -> Response:
         """One policy with the JSON schema of its settings."""
         return json_response(describe(name))
@@ -75,15 +79,15 @@ def router(service: Service) -> APIRouter:
             "adaptable": {"layers": model.norm_layers, "values": model.adaptable_values},
             "artefacts": sorted(model.source.artefacts),
             "default_policy": model.settings.policy,
-            "policies": [policy_report(name, model) for name in adapters.policies()],
+            "policies": list(model.reports.values()),
         }
 
-    @routes.get("/models", tags=["models"])
+    @routes.get("/models", tags=["models"], response_model=ModelList)
     async def list_models() -> Response:
         """Every source model."""
         return json_response({"models": [model_info(name) for name in service.models]})
 
-    @routes.get("/models/{name}", tags=["models"])
+    @routes.get("/models/{name}", tags=["models"], response_model=ModelInfo)
     async def get_model(name: str) -> Response:
         """One source model: digest, input, adaptable layers, bytes per stream by policy."""
         return json_response(model_info(name))
@@ -143,11 +147,12 @@ def router(service: Service) -> APIRouter:
         output: Annotated[Literal["probabilities", "logits"], Query()] = "probabilities",
     ) -> Response:
         """Scores for one or more rows, after which the stream adapts to them."""
+        refuse_unknown("query parameter", request.query_params, _PREDICT_QUERY)
         stream = service.stream(id)
         request.state.model = stream.model
         model = service.models[stream.model]
         body = await read_body(request, limits.body_bytes)
-        x = await decode(body, lambda raw: decode_inputs(raw, model.settings.input))
+        x = await decode(body, lambda raw: decode_inputs(raw, model.settings.input, limits.rows_per_request))
         answer, replayed = await unless_gone(
             request,
             service.predict(stream.model, x, stream=id, number=seq, adapt=adapt, timeout=timeout),

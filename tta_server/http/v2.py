@@ -6,7 +6,6 @@ that binary tensors are an addition to both, not a change.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,14 +14,15 @@ from tta_server import __version__
 from tta_server.engine.source import SourceModel
 from tta_server.errors import BadInput, Unavailable, UnknownName
 from tta_server.http.codec import decode_tensor, parse_json, read_body
-from tta_server.http.schemas import InferRequest
-from tta_server.http.wire import PROBLEMS, decode, json_body, json_response, unless_gone
+from tta_server.http.schemas import InferRequest, InferResponse, Live, ModelMetadata, ModelReady, Ready, ServerMetadata
+from tta_server.http.wire import PROBLEMS, decode, json_body, json_response, refuse_unknown, unless_gone
 from tta_server.service import Service
-from tta_server.types import Answer
+from tta_server.types import Answer, Stream
 
 INPUT = "input"
 OUTPUTS = ("logits", "probabilities")
 VERSION = "1"
+_OURS = ("tta_adapt", "tta_policy", "tta_seq")
 
 
 def router(service: Service) -> APIRouter:
@@ -36,18 +36,18 @@ def router(service: Service) -> APIRouter:
             raise UnknownName(f"model {name!r} has version {VERSION} only, asked for was {version!r}")
         return model
 
-    @routes.get("/health/live")
+    @routes.get("/health/live", response_model=Live)
     async def live() -> Response:
         """The process runs."""
         return json_response({"live": True})
 
-    @routes.get("/health/ready")
+    @routes.get("/health/ready", response_model=Ready)
     async def ready() -> Response:
         """Requests are taken."""
         _refuse_while_draining(service)
         return json_response({"ready": True})
 
-    @routes.get("")
+    @routes.get("", response_model=ServerMetadata)
     @routes.get("/", include_in_schema=False)
     async def server() -> Response:
         """Server metadata."""
@@ -86,8 +86,10 @@ def router(service: Service) -> APIRouter:
         controls = _Controls(asked.parameters, service.settings.streams.default)
         service.check_input(model, x)
         report: dict[str, Any] = {}
+        stream: Stream | None = None
 
         async def answer_it() -> tuple[Answer, bool]:
+            nonlocal stream
             # Nothing is awaited between finding the stream and queueing in it: nobody gets in between.
             if controls.stream is not None:
                 service.check_room()
@@ -96,7 +98,7 @@ def router(service: Service) -> APIRouter:
                     service.stream(controls.stream)
                 if controls.start and service.is_open(controls.stream):
                     report["replaced"] = True
-                service.open(controls.stream, model.name, controls.policy, replace=controls.start)
+                stream, _ = service.open(controls.stream, model.name, controls.policy, replace=controls.start)
             return await service.predict(
                 model.name,
                 x,
@@ -107,9 +109,8 @@ def router(service: Service) -> APIRouter:
             )
 
         answer, replayed = await unless_gone(request, answer_it())
-        if controls.stream is not None and controls.end:
-            with suppress(UnknownName):  # someone else closed it
-                await service.close(controls.stream)
+        if stream is not None and controls.end:
+            await service.close(stream.id, only=stream)
         report |= _report(controls.stream, answer, replayed)
         return json_response(
             {
@@ -121,32 +122,34 @@ def router(service: Service) -> APIRouter:
             }
         )
 
-    @routes.get("/models/{name}")
+    @routes.get("/models/{name}", response_model=ModelMetadata)
     async def metadata(name: str) -> Response:
         """Model metadata."""
         return metadata_of(find(name))
 
-    @routes.get("/models/{name}/versions/{version}")
+    @routes.get("/models/{name}/versions/{version}", response_model=ModelMetadata)
     async def version_metadata(name: str, version: str) -> Response:
         """Model metadata."""
         return metadata_of(find(name, version))
 
-    @routes.get("/models/{name}/ready")
+    @routes.get("/models/{name}/ready", response_model=ModelReady)
     async def model_ready(name: str) -> Response:
         """The model takes requests."""
         return readiness_of(find(name))
 
-    @routes.get("/models/{name}/versions/{version}/ready")
+    @routes.get("/models/{name}/versions/{version}/ready", response_model=ModelReady)
     async def version_ready(name: str, version: str) -> Response:
         """The model takes requests."""
         return readiness_of(find(name, version))
 
-    @routes.post("/models/{name}/infer", openapi_extra=json_body(InferRequest))
+    @routes.post("/models/{name}/infer", response_model=InferResponse, openapi_extra=json_body(InferRequest))
     async def infer(name: str, request: Request) -> Response:
         """Scores; with ``parameters.sequence_id``, those of that stream, which then adapts."""
         return await infer_with(find(name), request)
 
-    @routes.post("/models/{name}/versions/{version}/infer", openapi_extra=json_body(InferRequest))
+    @routes.post(
+        "/models/{name}/versions/{version}/infer", response_model=InferResponse, openapi_extra=json_body(InferRequest)
+    )
     async def version_infer(name: str, version: str, request: Request) -> Response:
         """Scores; with ``parameters.sequence_id``, those of that stream, which then adapts."""
         return await infer_with(find(name, version), request)
@@ -177,6 +180,8 @@ class _Controls:
         self.timeout: float | None = microseconds / 1e6 if microseconds else None
         if given.pop("binary_data_output", False):
             raise BadInput("binary outputs are not offered; ask for JSON (tritonclient: binary_data=False)")
+        # Other names may be meant for another server; these can only be meant for this one.
+        refuse_unknown("parameter", (name for name in given if name.startswith("tta_")), _OURS)
 
 
 def _refuse_while_draining(service: Service) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 import anyio
@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
-from tta_server.errors import Cancelled
+from tta_server.errors import BadInput, Cancelled, TooLarge
 from tta_server.http.schemas import Problem
 
 T = TypeVar("T")
@@ -35,11 +35,19 @@ def json_body(schema: type[BaseModel], required: bool = True) -> dict[str, Any]:
     return {"requestBody": {"required": required, "content": content}}
 
 
+def refuse_unknown(what: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raises ``BadInput`` for a name that is not known, so that a typo does not pass as the default."""
+    for name in given:
+        if name not in known:
+            raise BadInput(f"no {what} {name[:50]!r}; there are: {', '.join(known)}")
+
+
 async def decode(body: bytes, how: Callable[[bytes], T]) -> T:
-    """``how(body)``, in a thread when the body is big."""
-    if len(body) <= DECODE_INLINE:
-        return how(body)
-    return await run_in_threadpool(how, body)
+    """``how(body)``, in a thread when the body is big. Raises ``TooLarge`` when memory does not suffice for it."""
+    try:
+        return how(body) if len(body) <= DECODE_INLINE else await run_in_threadpool(how, body)
+    except MemoryError as error:
+        raise TooLarge(f"there is not enough memory to decode the body of {len(body)} bytes") from error
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:

@@ -82,11 +82,12 @@ class SlotPool:
     def acquire(self) -> int | None:
         """A slot with undefined content; ``None`` when all are taken."""
         if not self._free and self._size < self.capacity:
-            grown = min(max(8, 2 * self._size), self.capacity)
+            grown = min(max(1, 2 * self._size), self.capacity)
+            larger = {}
             for dtype, rows in self._rows.items():
-                fresh = torch.empty(grown, rows.shape[1], dtype=dtype, device=self._device)
-                fresh[: self._size] = rows
-                self._rows[dtype] = fresh
+                larger[dtype] = torch.empty(grown, rows.shape[1], dtype=dtype, device=self._device)
+                larger[dtype][: self._size] = rows
+            self._rows = larger
             self._free = list(range(grown - 1, self._size - 1, -1))
             self._size = grown
         return self._free.pop() if self._free else None

@@ -8,7 +8,7 @@ step has no state of its own: it starts from its lane's initial one. A durable t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +30,12 @@ class Lease:
 class _LaneStates:
     """One lane's pool and the places of its streams' states."""
 
-    def __init__(self, initial: State, slots: int, device: torch.device) -> None:
+    def __init__(self, initial: State, pool: Callable[[Layout], SlotPool]) -> None:
         self.layout = Layout(initial)
         self.initial = {dtype: rows[0] for dtype, rows in self.layout.pack(initial).items()}
-        self.pool = SlotPool(self.layout, slots, device)
-        self.resident: OrderedDict[Stream, int] = OrderedDict()
-        """Slots by stream, the one used longest ago first."""
+        self.pool = pool(self.layout)
+        self.resident: dict[Stream, int] = {}
+        """Slots by stream."""
         self.host: dict[Stream, int] = {}
         """Places in ``rows`` by stream."""
         self.rows = HostRows(self.layout)
@@ -48,14 +48,17 @@ class StateStore:
     """Leases, commits and moves stream states. All states of a lane have one layout, that of its initial state."""
 
     def __init__(self, slots: int, device: torch.device) -> None:
+        """``slots``: states on the device, of all lanes together."""
         self._slots, self._device = slots, device
         self._lanes: dict[Lane, _LaneStates] = {}
+        self._recent: OrderedDict[Stream, _LaneStates] = OrderedDict()
+        """All streams on the device, the one used longest ago first."""
         self.evictions = 0
 
     def add_lane(self, lane: Lane, initial: State) -> None:
         """Makes room for a lane whose new streams start from ``initial`` (``S = 1``). Does nothing for one it has."""
         if lane not in self._lanes:
-            self._lanes[lane] = _LaneStates(initial, self._slots, self._device)
+            self._lanes[lane] = _LaneStates(initial, self._new_pool)
 
     def has_lane(self, lane: Lane) -> bool:
         """Whether :meth:`add_lane` was called since the lane's last state was dropped."""
@@ -79,6 +82,14 @@ class StateStore:
             states.leased.difference_update(streams)
             raise
         return Lease(lane, list(streams), slots), states.layout.unpack(states.pool.gather(slots))
+
+    def part(self, lease: Lease, index: int) -> tuple[Lease, State]:
+        """One stream's part of a lease, and a copy of its state, ``S = 1``. Ends with the whole lease."""
+        slots = lease.slots[index : index + 1]
+        states = self._lanes[lease.lane]
+        return Lease(lease.lane, lease.streams[index : index + 1], slots), states.layout.unpack(
+            states.pool.gather(slots)
+        )
 
     def commit(self, lease: Lease, new: State, allowed: Sequence[bool]) -> list[bool]:
         """Keeps the new states ``[S, ...]`` that are ``allowed`` and finite throughout, each as the next version.
@@ -119,16 +130,12 @@ class StateStore:
             if not states.resident and not states.host:
                 del self._lanes[lane]
 
-    @staticmethod
-    def _forget(states: _LaneStates, stream: Stream) -> None:
+    def _forget(self, states: _LaneStates, stream: Stream) -> None:
         assert stream not in states.leased, f"stream {stream.id!r} is in a running step"
-        slot = states.resident.pop(stream, None)
-        if slot is not None:
-            states.pool.release(slot)
+        self._leave_device(states, stream)
         place = states.host.pop(stream, None)
         if place is not None:
             states.rows.free(place)
-        states.fresh.discard(stream)
 
     def export(self, lane: Lane, stream: Stream) -> State:
         """A copy of the stream's whole state in host memory, ``S = 1``."""
@@ -168,6 +175,8 @@ class StateStore:
 
     def check_integrity(self) -> None:
         """Raises ``AssertionError`` where the books do not add up. For tests and for idle time."""
+        on_device = sum(len(states.resident) for states in self._lanes.values())
+        assert len(self._recent) == on_device <= self._slots, f"{on_device} states on the device of {self._slots}"
         for lane, states in self._lanes.items():
             slots = list(states.resident.values())
             assert len(set(slots)) == len(slots), f"{lane}: two streams share a slot"
@@ -179,28 +188,51 @@ class StateStore:
     def _resident_slot(self, states: _LaneStates, stream: Stream) -> int:
         slot = states.resident.get(stream)
         if slot is None:
-            slot = states.pool.acquire()
-            if slot is None:
-                slot = self._evict(states)
-            place = states.host.pop(stream, None)
+            slot = self._free_slot(states)
+            place = states.host.get(stream)
+            try:
+                states.pool.write(slot, states.initial if place is None else states.rows.read(place))
+            except BaseException:
+                states.pool.release(slot)
+                raise
+            states.resident[stream] = slot
+            self._recent[stream] = states
             if place is None:
-                states.pool.write(slot, states.initial)
                 states.fresh.add(stream)
             else:
-                states.pool.write(slot, states.rows.read(place))
+                del states.host[stream]
                 states.rows.free(place)
-            states.resident[stream] = slot
-        states.resident.move_to_end(stream)
+        self._recent.move_to_end(stream)
         return slot
 
-    def _evict(self, states: _LaneStates) -> int:
-        for stream, slot in states.resident.items():
+    def _free_slot(self, states: _LaneStates) -> int:
+        while len(self._recent) >= self._slots:
+            self._evict()
+        slot = states.pool.acquire()
+        assert slot is not None, "a pool is as large as all lanes together may be"
+        return slot
+
+    def _evict(self) -> None:
+        """Moves the state used longest ago, of any lane, to host memory."""
+        for stream, states in self._recent.items():
             if stream not in states.leased:
-                if stream in states.fresh:
-                    states.fresh.remove(stream)
-                else:
-                    states.host[stream] = states.rows.put(states.pool.read(slot))
-                del states.resident[stream]
+                if stream not in states.fresh:
+                    states.host[stream] = states.rows.put(states.pool.read(states.resident[stream]))
+                self._leave_device(states, stream)
                 self.evictions += 1
-                return slot
-        raise ValueError(f"all {states.pool.capacity} slots are leased; a step takes at most that many streams")
+                return
+        raise ValueError(f"all {self._slots} slots are leased; a step takes at most that many streams")
+
+    def _leave_device(self, states: _LaneStates, stream: Stream) -> None:
+        slot = states.resident.pop(stream, None)
+        if slot is None:
+            return
+        del self._recent[stream]
+        states.fresh.discard(stream)
+        states.pool.release(slot)
+        if not states.resident:
+            # Pools do not shrink; this one's memory is for other lanes now.
+            states.pool = self._new_pool(states.layout)
+
+    def _new_pool(self, layout: Layout) -> SlotPool:
+        return SlotPool(layout, self._slots, self._device)

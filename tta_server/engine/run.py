@@ -1,0 +1,52 @@
+"""One policy step over the rows of some jobs: up to the scores, and on to the new state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adapters import rng
+from adapters.base import Batch, Output, Segments, State, Step
+from tta_server.engine.norm import Pass
+from tta_server.engine.source import SourceModel
+from tta_server.types import Job, Lane
+
+
+class PolicyRun:
+    """A policy's step, in its two halves. Mutates nothing outside.
+
+    ``segments`` and ``x [N, ...]`` are the jobs' rows on the device. ``distances`` holds, with ``watch`` and once the
+    scores are there, each stream's distance to the source by batch-norm layer (``[S]`` each).
+    """
+
+    def __init__(self, model: SourceModel, lane: Lane, jobs: list[Job], state: State, watch: bool = False) -> None:
+        device, dtype = model.network.device, model.network.dtype
+        self.segments = Segments([job.rows for job in jobs], device)
+        self.x = torch.cat([job.x for job in jobs if job.x is not None]).to(device, dtype)
+        self.distances: list[Tensor] = []
+
+        def forward(weights: Mapping[str, Tensor], x: Tensor) -> Output:
+            now = Pass(self.segments, weights, lane.policy.norm, observe=watch, distances=self.distances)
+            return model.network.run(now, x)
+
+        keys = torch.tensor([job.stream.random_key for job in jobs], device=device)
+        versions = torch.tensor([job.stream.version for job in jobs], device=device)
+        batch = Batch(self.x, self.segments, forward, rng.Uniform(keys, versions, dtype))
+        self._step = lane.policy.step(model.source, state, batch)
+
+    def scores(self) -> Tensor:
+        """Runs to the ``yield``: the logits to serve, ``[N, C]`` on the CPU, at least float32."""
+        logits = next(self._step).detach()
+        return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
+
+    def finish(self) -> Step:
+        """Runs the rest. Raises what the policy raises, and ``RuntimeError`` for a second ``yield``."""
+        try:
+            next(self._step)
+        except StopIteration as end:
+            step: Step = end.value
+            return step
+        self._step.close()
+        raise RuntimeError("the policy yielded a second time; a step yields its logits once")
