@@ -19,6 +19,9 @@ from tta_server.types import Answer, Job, Plan
 
 log = logging.getLogger(__name__)
 
+HANGS = 30.0
+"""Seconds after which a shutdown takes a running step for one that will not end."""
+
 
 class Runner:
     """Runs the scheduler's plans on the engine until it is drained."""
@@ -60,7 +63,7 @@ class Runner:
     def drain(self, seconds: float) -> int:
         """Stops admitting, lets what waits finish for so long, ends the thread. Returns how many jobs were given up.
 
-        A step that hangs is waited for as long again at most; its thread ends with the process.
+        The step that runs is waited for; one that hangs no longer than ``HANGS``, its thread ends with the process.
         """
         with self._changed:
             self._admitting = False
@@ -71,7 +74,7 @@ class Runner:
         for job in left:
             job.done(None, Unavailable("the server shut down before this request's turn came"))
         if self._thread.is_alive():
-            self._thread.join(seconds)
+            self._thread.join(HANGS)
         return len(left)
 
     def _run(self) -> None:
