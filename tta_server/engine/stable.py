@@ -5,8 +5,9 @@ others now and alone then, that is noise in its gradients, which an optimiser su
 small. On the CPU the kernels for very few rows are the exception, so linear and convolution layers run with a few rows
 of padding there: next to nothing in time, and rows come out bit for bit the same in any company.
 
-``docs/architecture.md`` has the measurement. What a model computes outside of such layers is not covered; ``tta-server
-check`` measures what holds for a model on this machine.
+``docs/architecture.md`` has the measurement. Linear layers over tokens, ``[N, T, D]``, have enough rows as they are.
+What a model computes outside of such layers is not covered; ``tta-server check`` measures what holds for a model on
+this machine.
 """
 
 from __future__ import annotations
