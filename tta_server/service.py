@@ -1,6 +1,6 @@
-"""The async facade: open, predict, reset, close; admission, request numbers, deadlines.
+"""The async facade: open, predict, reset, close; what a request must be, request numbers. No HTTP in here.
 
-Runs on the event loop. Work goes to the runner's thread as jobs; their results come back to the loop. No HTTP in here.
+Runs on the event loop; the work goes to the device thread through ``dispatch``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,25 +19,17 @@ from torch import Tensor
 
 from adapters import Policy, rng
 from adapters.source import SourcePolicy
+from tta_server.dispatch import Dispatcher, Flight
 from tta_server.engine.engine import initial_state
 from tta_server.engine.source import SourceModel
-from tta_server.errors import BadInput, Cancelled, Conflict, DeadlineExceeded, QueueFull, TtaError, UnknownName
+from tta_server.errors import BadInput, Conflict, QueueFull, UnknownName
 from tta_server.metrics import Levels
 from tta_server.policies import make_policy, settings_of
 from tta_server.runner import Runner
 from tta_server.settings import NAME, Settings
-from tta_server.types import Answer, Job, Lane, Stream
+from tta_server.types import Answer, Lane, Stream
 
 STREAM_ID = re.compile(NAME)
-
-
-@dataclass(eq=False)
-class _Flight:
-    """A request under way and those who wait for it (more than one when a request number is repeated)."""
-
-    future: asyncio.Future[Answer]
-    abandon: Callable[[], None]
-    waiters: int = 0
 
 
 @dataclass(eq=False)
@@ -47,7 +39,7 @@ class _Open:
     stream: Stream
     last_number: int | None = None
     last_answer: Answer | None = None
-    flights: dict[int, _Flight] = field(default_factory=dict)
+    flights: dict[int, Flight] = field(default_factory=dict)
 
 
 class Service:
@@ -55,6 +47,7 @@ class Service:
 
     def __init__(self, settings: Settings, models: Mapping[str, SourceModel], runner: Runner) -> None:
         self.settings, self.models, self._runner = settings, models, runner
+        self._dispatcher = Dispatcher(runner, settings.limits.queue_seconds)
         self._streams: dict[str, _Open] = {}
         self._source_policy = SourcePolicy()
         self.draining = False
@@ -131,7 +124,7 @@ class Service:
     async def reset(self, id: str) -> Stream:
         """Takes a stream back to the source once its requests so far are done; its request numbers go on."""
         stream = self._open(id).stream
-        await self._command(stream, lambda: self._runner.engine.reset(stream))
+        await self._dispatcher.command(stream, lambda: self._runner.engine.reset(stream))
         return stream
 
     async def close(self, id: str, only: Stream | None = None) -> None:
@@ -171,7 +164,8 @@ class Service:
             if number is not None:
                 raise BadInput("a request number needs a stream to be counted in")
             anonymous = Stream("", source.name, self._source_policy, 0, 0.0)
-            return await self._wait(self._launch(anonymous, Lane(source.name, self._source_policy), x, timeout)), False
+            flight = self._dispatcher.launch(anonymous, Lane(source.name, self._source_policy), x, timeout)
+            return await flight.wait(), False
         opened = self._open(stream)
         if opened.stream.model != source.name and model is not None:
             raise Conflict(f"stream {stream!r} belongs to model {opened.stream.model!r}, not to {source.name!r}")
@@ -184,7 +178,7 @@ class Service:
                     )
                 return opened.last_answer, True
             if number in opened.flights:
-                return await self._wait(opened.flights[number]), True
+                return await opened.flights[number].wait(), True
             newest = max([*opened.flights, -1 if opened.last_number is None else opened.last_number])
             if number < newest:
                 raise Conflict(f"request number {number} of stream {stream!r} is out of order: {newest} came before")
@@ -199,10 +193,10 @@ class Service:
                     opened.last_number = number
                     opened.last_answer = _stored(answer, self.settings.limits.stored_answer_bytes)
 
-        flight = self._launch(opened.stream, lane, x, timeout, keep)
+        flight = self._dispatcher.launch(opened.stream, lane, x, timeout, keep)
         if number is not None:
             opened.flights[number] = flight
-        return await self._wait(flight), False
+        return await flight.wait(), False
 
     def check_input(self, model: SourceModel, x: Tensor) -> None:
         """Raises ``BadInput`` unless ``x`` is rows of the model's input shape, finite and in its value range."""
@@ -296,80 +290,13 @@ class Service:
             raise UnknownName(f"no stream {id!r}; create it with PUT /v1/streams/<id>")
         return self._streams[id]
 
-    def _launch(
-        self,
-        stream: Stream,
-        lane: Lane,
-        x: Tensor,
-        timeout: float | None,
-        settled: Callable[[Answer | None], None] = lambda answer: None,
-    ) -> _Flight:
-        """Submits a job; ``settled`` is called on the loop when it ends, with its answer if there is one."""
-        loop = asyncio.get_running_loop()
-        limit = self.settings.limits.queue_seconds
-        wait = limit if timeout is None else min(timeout, limit)
-
-        def finish(answer: Answer | None, error: Exception | None) -> None:
-            timer.cancel()
-            flight.abandon = _nothing  # it holds the job and its inputs, which then wait for no garbage collector
-            settled(answer)
-            if not flight.future.done():
-                if answer is not None:
-                    flight.future.set_result(answer)
-                elif flight.waiters:
-                    flight.future.set_exception(error or TtaError("no answer"))
-                else:
-                    flight.future.cancel()
-
-        def expire() -> None:
-            if self._runner.cancel(job):
-                finish(
-                    None, DeadlineExceeded(f"waited {wait:.3g} s in the queue without its turn coming; nothing adapted")
-                )
-
-        def abandon() -> None:
-            if self._runner.cancel(job):
-                finish(None, Cancelled("the client went away"))
-
-        job = Job(stream, _on(loop, finish), lane, x, deadline=time.monotonic() + wait)
-        flight = _Flight(loop.create_future(), abandon)
-        self._runner.submit(job)
-        timer = loop.call_later(wait, expire)
-        return flight
-
-    async def _wait(self, flight: _Flight) -> Answer:
-        """Waits for a flight; when its last waiter is cancelled before its turn came, it is taken back."""
-        flight.waiters += 1
-        try:
-            return await asyncio.shield(flight.future)
-        finally:
-            flight.waiters -= 1
-            if not flight.waiters and not flight.future.done():
-                flight.abandon()
-
     def _drop(self, stream: Stream) -> asyncio.Future[None]:
-        return self._command(stream, lambda: self._runner.engine.drop(stream))
-
-    def _command(self, stream: Stream, command: Callable[[], None]) -> asyncio.Future[None]:
-        """Queues a command behind the stream's requests; the future is done when it has run."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-
-        def finish(answer: Answer | None, error: Exception | None) -> None:
-            if not future.done():
-                future.set_result(None) if error is None else future.set_exception(error)
-
-        self._runner.submit(Job(stream, _on(loop, finish), command=command))
-        return future
+        return self._dispatcher.command(stream, lambda: self._runner.engine.drop(stream))
 
 
 def _check_id(id: str) -> None:
     if not STREAM_ID.fullmatch(id):
         raise BadInput(f"a stream id has 1 to 128 of A-Z a-z 0-9 . _ : -, got {id[:150]!r}")
-
-
-def _nothing() -> None:
-    pass
 
 
 def _stored(answer: Answer, limit: int) -> Answer | None:
@@ -378,15 +305,3 @@ def _stored(answer: Answer, limit: int) -> Answer | None:
         return None
     own = {name: getattr(answer, name).clone() for name in ("logits", "entropy", "confidence")}
     return replace(answer, **own)
-
-
-Done = Callable[[Answer | None, Exception | None], None]
-
-
-def _on(loop: asyncio.AbstractEventLoop, done: Done) -> Done:
-    """``done``, to be called from any thread, run on the loop."""
-
-    def call(answer: Answer | None, error: Exception | None) -> None:
-        loop.call_soon_threadsafe(done, answer, error)
-
-    return call

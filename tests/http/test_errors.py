@@ -433,7 +433,7 @@ async def test_an_unexpected_error_shows_its_kind_and_nothing_else(
         raise ZeroDivisionError("secret detail")
 
     await server.open("s")
-    monkeypatch.setattr(server.service, "_launch", broken)
+    monkeypatch.setattr(server.service._dispatcher, "launch", broken)
     monkeypatch.setattr(server.service, "open", broken)
     for response in (
         await server.client.put("/v1/streams/t"),

@@ -33,7 +33,8 @@ STATUS: dict[type[errors.TtaError], int] = {
 
 def problem(status: int, text: str, headers: dict[str, str] | None = None) -> Response:
     """An error response."""
-    return Response(orjson.dumps({"error": text}, option=orjson.OPT_APPEND_NEWLINE), status, headers, media_type="application/json")
+    body = orjson.dumps({"error": text}, option=orjson.OPT_APPEND_NEWLINE)
+    return Response(body, status, headers, media_type="application/json")
 
 
 def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
