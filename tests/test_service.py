@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import random
 import weakref
@@ -798,3 +799,21 @@ async def test_after_two_hundred_random_operations_nothing_is_left(loaded: Loade
         tasks.clear()
         gc.collect()
         assert lost == []
+
+
+async def test_settings_of_a_policy_whose_step_fails_are_refused_too(bench: Bench) -> None:
+    """What a trial at the start found to lie with the model does not go away with other settings."""
+    reports = {"tent": {"name": "tent", "runs": False, "reason": "its step fails: RuntimeError: no gradient"}}
+    (name, model), *_ = bench.service.models.items()
+    bench.service.models = {name: dataclasses.replace(model, reports=reports)}
+    for settings in (None, {}, {"lr": 0.5}):
+        with pytest.raises(Conflict, match="no gradient"):
+            bench.service.open("s", policy="tent", settings=settings)
+    assert not bench.service.is_open("s")
+
+
+async def test_a_drain_happens_once(bench: Bench) -> None:
+    """Whoever asks again gets the first one's outcome."""
+    bench.service.open("s")
+    await bench.service.predict(None, rows(2), stream="s")
+    assert tuple(await asyncio.gather(bench.service.drain(), bench.service.drain())) == (0, 0)

@@ -23,12 +23,11 @@ from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine
 from tta_server.engine.report import check_defaults, policy_report
 from tta_server.engine.source import SourceModel, choose_device, load_model
-from tta_server.errors import ConfigError
 from tta_server.http import problems, v1, v2
 from tta_server.http.schemas import REQUESTS
 from tta_server.metrics import PrometheusRecorder, Recorder
 from tta_server.policies import make_policy
-from tta_server.runner import Runner
+from tta_server.runner import HANGS, Runner
 from tta_server.scheduler import Bounds, Scheduler
 from tta_server.service import Service
 from tta_server.settings import Settings
@@ -120,12 +119,10 @@ def serve(app: FastAPI, settings: Settings) -> None:
         log_config=None,
         access_log=False,
         # Longer than the queue may take, so that every request gets its answer or its refusal.
-        timeout_graceful_shutdown=math.ceil(settings.limits.drain_seconds) + 5,
+        timeout_graceful_shutdown=math.ceil(settings.limits.drain_seconds + HANGS) + 5,
     )
     server = _Server(config, app.state.service)
     server.run()
-    if not server.started:
-        raise ConfigError(f"the server could not start on {settings.server.host}:{settings.server.port}; see the log")
 
 
 class _Server(uvicorn.Server):

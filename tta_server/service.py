@@ -21,6 +21,7 @@ from adapters import Policy, rng
 from adapters.source import SourcePolicy
 from tta_server.dispatch import Dispatcher, Flight
 from tta_server.engine.engine import initial_state
+from tta_server.engine.report import STEP_FAILS
 from tta_server.engine.source import SourceModel
 from tta_server.errors import BadInput, Conflict, QueueFull, UnknownName
 from tta_server.metrics import Levels
@@ -51,6 +52,7 @@ class Service:
         self._streams: dict[str, _Open] = {}
         self._source_policy = SourcePolicy()
         self.draining = False
+        self._drained: asyncio.Task[int] | None = None
 
     # Streams
 
@@ -81,7 +83,7 @@ class Service:
             return existing.stream, False
         source = self.model(model)
         made = self._make_policy(source, policy or source.settings.policy, settings)
-        self._check_runs(source, made, preset=not settings)
+        self._check_runs(source, made)
         if existing is None and len(self._streams) >= self.settings.limits.streams:
             raise QueueFull(
                 f"{len(self._streams)} streams are open; the limit is limits.streams = {self.settings.limits.streams}. "
@@ -249,19 +251,24 @@ class Service:
     async def drain(self) -> int:
         """Stops admitting, finishes what waits within ``limits.drain_seconds``; returns how many were given up."""
         self.draining = True
-        return await asyncio.to_thread(self._runner.drain, self.settings.limits.drain_seconds)
+        if self._drained is None:
+            drain = asyncio.to_thread(self._runner.drain, self.settings.limits.drain_seconds)
+            self._drained = asyncio.create_task(drain)
+        return await self._drained
 
     @staticmethod
     def _make_policy(source: SourceModel, name: str, settings: Mapping[str, Any] | None) -> Policy:
         return make_policy(name, {**source.settings.policies.get(name, {}), **(settings or {})})
 
-    @staticmethod
-    def _check_runs(source: SourceModel, policy: Policy, preset: bool) -> None:
-        """Raises ``Conflict`` when the policy cannot run on the model. Presets were tried at the start."""
-        reason: str | None = None
-        if preset and policy.name in source.reports:
-            reason = source.reports[policy.name].get("reason")
-        else:
+    def _check_runs(self, source: SourceModel, policy: Policy) -> None:
+        """Raises ``Conflict`` when the policy cannot run on the model.
+
+        The preset was tried at the start. Other settings may do where it does not, unless the step itself fails.
+        """
+        reason: str | None = source.reports.get(policy.name, {}).get("reason")
+        tried = policy.name in source.reports and policy == self._make_policy(source, policy.name, None)
+        if not tried and (reason is None or not reason.startswith(STEP_FAILS)):
+            reason = None
             try:
                 initial_state(policy, source)
             except ValueError as error:

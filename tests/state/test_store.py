@@ -15,7 +15,7 @@ from torch import Tensor
 from adapters.base import State
 from tests.adapters.networks import assert_same, flat, join, take
 from tta_server.policies import make_policy
-from tta_server.state.slots import Layout, Packed, SlotPool
+from tta_server.state.slots import HostRows, Layout, Packed, SlotPool
 from tta_server.state.store import Lease, StateStore
 from tta_server.types import Lane, Stream
 
@@ -360,6 +360,39 @@ def test_a_state_survives_a_device_that_fails(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(RuntimeError, match="device lost"):
             store.lease(LANE, [a])
     store.check_integrity()
+    assert a.version == 1
+    assert_same(held(store, a), flat(make_state(1.0)))
+
+
+def test_a_lease_that_fails_pins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copying the states out allocates, and may fail; the slots are free to be evicted afterwards."""
+    store, a, b = make_store(slots=1), make_stream("a"), make_stream("b")
+    commit(store, {a: make_state(1.0)})
+
+    def broken(self: SlotPool, slots: list[int]) -> Packed:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotPool, "gather", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            store.lease(LANE, [a])
+    commit(store, {b: make_state(2.0)})
+    assert_same(held(store, a), flat(make_state(1.0)))
+    store.drop(LANE, a)
+    store.check_integrity()
+
+
+def test_a_restore_that_fails_leaves_the_old_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, a = make_store(), make_stream("a")
+    commit(store, {a: make_state(1.0)})
+
+    def broken(self: HostRows, packed: Packed) -> int:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostRows, "put", broken)
+        with pytest.raises(MemoryError):
+            store.restore(LANE, a, make_state(2.0), version=7)
     assert a.version == 1
     assert_same(held(store, a), flat(make_state(1.0)))
 

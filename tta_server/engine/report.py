@@ -19,6 +19,9 @@ from tta_server.settings import type_and_line
 from tta_server.state.slots import Layout
 from tta_server.types import Job, Lane, Stream
 
+STEP_FAILS = "its step fails"
+"""How a reason begins that lies with the model, not with a policy's settings."""
+
 
 def policy_report(name: str, model: SourceModel) -> dict[str, Any]:
     """One policy on one model: ``{"name", "runs", "bytes_per_stream"}`` or ``{"name", "runs": false, "reason"}``.
@@ -33,7 +36,7 @@ def policy_report(name: str, model: SourceModel) -> dict[str, Any]:
     except (ValueError, BadInput) as error:
         return {"name": name, "runs": False, "reason": " ".join(str(error).split())}
     except Exception as error:  # a model's or a plug-in's own code may raise anything
-        return {"name": name, "runs": False, "reason": f"its step fails: {type_and_line(error)}"}
+        return {"name": name, "runs": False, "reason": f"{STEP_FAILS}: {type_and_line(error)}"}
     return {"name": name, "runs": True, "bytes_per_stream": layout.bytes}
 
 

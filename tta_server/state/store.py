@@ -78,10 +78,11 @@ class StateStore:
         states.leased.update(streams)
         try:
             slots = [self._resident_slot(states, stream) for stream in streams]
+            state = states.layout.unpack(states.pool.gather(slots))
         except BaseException:
             states.leased.difference_update(streams)
             raise
-        return Lease(lane, list(streams), slots), states.layout.unpack(states.pool.gather(slots))
+        return Lease(lane, list(streams), slots), state
 
     def part(self, lease: Lease, index: int) -> tuple[Lease, State]:
         """One stream's part of a lease, and a copy of its state, ``S = 1``. Ends with the whole lease."""
@@ -151,9 +152,10 @@ class StateStore:
     def restore(self, lane: Lane, stream: Stream, state: State, version: int) -> None:
         """Gives the stream a state (``S = 1``) and version. Raises ``ValueError`` where it does not fit."""
         states = self._lanes[lane]
-        packed = {dtype: rows[0] for dtype, rows in states.layout.pack(state).items()}
+        assert stream not in states.leased, f"stream {stream.id!r} is in a running step"
+        place = states.rows.put({dtype: rows[0] for dtype, rows in states.layout.pack(state).items()})
         self._forget(states, stream)
-        states.host[stream] = states.rows.put(packed)
+        states.host[stream] = place
         stream.version = version
 
     def counts(self) -> dict[str, tuple[int, int]]:
