@@ -130,7 +130,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> Results:
     save_plot(results, options.out / "errors.png")
     for run in runs:
         if run.logits:
-            np.savez_compressed(options.out / f"logits_{run.name}.npz", **run.logits)  # type: ignore[arg-type]
+            np.savez_compressed(options.out / f"logits_{run.name}.npz", **run.logits)  # type: ignore[arg-type]  # numpy types the keywords as flags
     console.print(Text(f"written to {options.out}"))
     return results
 

@@ -14,7 +14,7 @@ from adapters import Policy
 _job_numbers = itertools.count(1)
 
 DRIFT = "bn_distance"
-"""Signal: distance of a request's batch-norm statistics to the source's, see ``engine/norm.py``."""
+"""Signal: distance of a request's batch-norm statistics to the source's, see ``engine/segment_norm.py``."""
 AGREEMENT = "agreement"
 """Signal: share of a request's rows whose served class is the source model's."""
 

@@ -51,7 +51,7 @@ class Reference:
     def __init__(self, name: str, weights: Tensors) -> None:
         _, kind, settings = OPTIMISERS[name]
         self.weights = {key: value.clone().requires_grad_() for key, value in weights.items()}
-        self.optimiser = kind(list(self.weights.values()), **settings)  # type: ignore[arg-type]
+        self.optimiser = kind(list(self.weights.values()), **settings)  # type: ignore[arg-type]  # of any of them
         self.steps = 0
 
     def step(self, gradients: Tensors) -> None:
