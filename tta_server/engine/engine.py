@@ -199,8 +199,9 @@ class Engine:
     ) -> float:
         """Compares a share of each stream's requests with the source model; returns the seconds it took.
 
-        Adds ``bn_distance`` (see ``segment_norm.py``) and, where a policy answered, ``agreement``: the share of rows whose
-        served class is the source model's. Where the source model answered, its own pass was watched; else it runs now.
+        Adds ``bn_distance`` (see ``segment_norm.py``) and, where a policy answered, ``agreement``: the share of rows
+        whose served class is the source model's. Where the source model answered, its own pass was watched; else it
+        runs now.
         """
         if not served.sampled:
             return 0.0
