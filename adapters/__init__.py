@@ -5,7 +5,12 @@ Importing the package registers every policy in it; ``policies()`` is the table.
 
 from __future__ import annotations
 
-from adapters import norm, source, tent
+from adapters import (
+    eata,
+    norm,
+    source,
+    tent,
+)  # isort: skip  the order of the table
 from adapters.base import Policy, policies, register
 
-__all__ = ["Policy", "norm", "policies", "register", "source", "tent"]
+__all__ = ["Policy", "eata", "norm", "policies", "register", "source", "tent"]

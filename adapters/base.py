@@ -18,13 +18,16 @@ dimension is the stream, and one forward function. See ``docs/add-a-policy.md``.
 from __future__ import annotations
 
 import enum
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from adapters.rng import Random
 
 Tensors = dict[str, Tensor]
 """Tensors under flat keys, such as ``layer1.0.bn1.weight`` or ``adam.m.layer1.0.bn1.weight``."""
@@ -59,15 +62,16 @@ class Output:
 class Segments:
     """Which rows of a batch belong to which stream.
 
-    ``counts [S]`` (int64) holds the rows of each stream, every one at least 1, in order: stream 0 owns the first
-    ``counts[0]`` rows. ``of_row [N]`` (int64) is the stream index of each row.
+    ``counts [S]`` (int64) holds the rows of each stream, in order: stream 0 owns the first ``counts[0]`` rows.
+    ``of_row [N]`` (int64) is the stream index of each row. Every stream of a request has rows; in a selection of them
+    some may have none.
 
     A stream's rows are added one after the other, so its sum is the same number, bit for bit, in any company.
     """
 
     def __init__(self, sizes: list[int], device: torch.device | str = "cpu") -> None:
-        if not sizes or min(sizes) < 1:
-            raise ValueError(f"every stream needs at least one row, got sizes {sizes}")
+        if not sizes or min(sizes) < 0:
+            raise ValueError(f"segments need at least one stream and no negative number of rows, got sizes {sizes}")
         self.sizes = sizes
         self.rows = sum(sizes)
         self.streams = len(sizes)
@@ -77,12 +81,14 @@ class Segments:
         self._counts_as: dict[torch.dtype, Tensor] = {}
 
     def sum(self, rows: Tensor) -> Tensor:
-        """Sum ``rows [N, ...]`` within each stream -> ``[S, ...]``. Differentiable."""
+        """Sum ``rows [N, ...]`` within each stream -> ``[S, ...]``, 0 without rows. Differentiable."""
         return torch.segment_reduce(rows.contiguous(), "sum", lengths=self.counts, axis=0, unsafe=True)
 
     def mean(self, rows: Tensor) -> Tensor:
-        """Average ``rows [N, ...]`` within each stream -> ``[S, ...]``. Differentiable."""
+        """Average ``rows [N, ...]`` within each stream -> ``[S, ...]``, 0 without rows. Differentiable."""
         total, counts = self.sum(rows), self.rows_per_stream(rows.dtype)
+        if 0 in self.sizes:
+            counts = counts.clamp_min(1)
         return total / (counts if total.dim() == 2 else counts.view(-1, *[1] * (total.dim() - 1)))
 
     def spread(self, streams: Tensor) -> Tensor:
@@ -97,33 +103,62 @@ class Segments:
             self._counts_as[dtype] = self.counts.to(dtype).unsqueeze(1)
         return self._counts_as[dtype]
 
+    def select(self, mask: Tensor) -> tuple[Tensor, Segments]:
+        """The rows where ``mask [N]`` (bool) is true: their indices ``[M]``, and whose they are (the same streams)."""
+        chosen = torch.bincount(self.of_row[mask], minlength=self.streams)
+        return mask.nonzero().squeeze(1), Segments(chosen.tolist(), self.counts.device)
 
-class Forward(Protocol):
-    """The model as a function of weights. ``weights`` are ``[S, ...]``; keys that are missing come from the source."""
 
-    def __call__(self, weights: Mapping[str, Tensor], x: Tensor) -> Output: ...
+Network = Callable[[Mapping[str, Tensor], Tensor, Segments, "Norm"], Output]
+"""The model as a function of ``(weights, x, segments, norm)``, see :meth:`Batch.forward`."""
 
 
 @dataclass(frozen=True)
 class Source:
     """The frozen model, read-only and shared by all streams.
 
-    ``weights`` are the model's own tensors, without a stream dimension. ``affine`` lists the keys of the norm layers'
-    scales and shifts (the gamma and beta that TENT and its kin adapt), ``statistics`` those of the batch-norm running
-    means and variances. ``artefacts`` are tensors computed once from source data, by the names a policy's ``needs``
-    uses.
+    ``weights`` are the model's own tensors, without a stream dimension. ``parameters`` lists the keys of all trained
+    ones, ``affine`` those of the norm layers' scales and shifts among them (the gamma and beta that TENT and its kin
+    adapt), ``statistics`` those of the batch-norm running means and variances. ``head`` is the classifier layer's name.
+    ``input_shape`` is that of one row, ``input_range`` the least and greatest value of an input, if it has any.
+    ``artefacts`` are tensors computed once from source data, under keys ``<group>/<name>``, where the groups are what a
+    policy's ``needs`` names.
     """
 
     weights: Mapping[str, Tensor]
+    parameters: tuple[str, ...]
     affine: tuple[str, ...]
     statistics: tuple[str, ...]
     num_classes: int
     feature_dim: int
+    head: str
+    input_shape: tuple[int, ...]
+    input_range: tuple[float, float] | None
     artefacts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def stacked(self, keys: tuple[str, ...]) -> Tensors:
         """A copy of these weights for one stream: each ``[1, *shape]``, contiguous, without gradient."""
         return {key: self.weights[key].detach().clone().unsqueeze(0) for key in keys}
+
+    def spread(self, keys: tuple[str, ...], streams: int) -> Tensors:
+        """Views of these weights for so many streams, ``[S, *shape]``: the source as a policy's own weights would be,
+        bit for bit."""
+        return {key: self.weights[key].detach().expand(streams, *self.weights[key].shape) for key in keys}
+
+    def artefact(self, group: str) -> Tensors:
+        """The artefacts of one group, by the rest of their keys; empty where there are none."""
+        start = f"{group}/"
+        return {key.removeprefix(start): value for key, value in self.artefacts.items() if key.startswith(start)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's floating-point weights, and so of its inputs."""
+        return next((self.weights[key].dtype for key in self.parameters), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((value.device for value in self.weights.values()), torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -131,14 +166,29 @@ class Batch:
     """One engine step as a policy sees it.
 
     ``x [N, ...]`` inputs in the model's value range (normalisation is part of the model); ``segments`` says whose
-    rows they are; ``forward`` runs the model; ``uniform(shape) -> [S, *shape]`` draws from [0, 1) with each stream's
-    own random key, so that a stream's draws do not depend on who shares its batch.
+    rows they are; ``random`` draws with each stream's own key, so that a stream's draws do not depend on who shares
+    its batch. ``network`` and ``norm`` stand behind :meth:`forward`.
     """
 
     x: Tensor
     segments: Segments
-    forward: Forward
-    uniform: Callable[[tuple[int, ...]], Tensor]
+    network: Network
+    norm: Norm
+    random: Random
+
+    def forward(
+        self, weights: Mapping[str, Tensor], x: Tensor, segments: Segments | None = None, norm: Norm | None = None
+    ) -> Output:
+        """The model under these weights, ``[S, ...]`` each; those that are missing are the source's.
+
+        ``segments`` says whose the rows ``x`` are where they are not the batch's own, ``norm`` how batch norms
+        normalise where that is not the policy's own way. There must be at least one row.
+        """
+        return self.network(weights, x, segments or self.segments, norm or self.norm)
+
+    def among(self, streams: list[int], x: Tensor, segments: Segments, name: str) -> Batch:
+        """A batch of these streams alone, with other rows. Their draws are those called ``name``."""
+        return Batch(x, segments, self.network, self.norm, self.random.named(name).among(streams))
 
 
 @dataclass(frozen=True)
@@ -149,7 +199,7 @@ class Step:
     signals: Tensors = field(default_factory=dict)
 
 
-class Scope(enum.Enum):
+class Scope(enum.StrEnum):
     """Which weights a policy adapts: none, those of the norm layers, or all. Decides how streams share a forward."""
 
     NONE = "none"
@@ -161,15 +211,24 @@ class Scope(enum.Enum):
 class Norm:
     """Which statistics normalise in batch-norm layers: ``(1 - weight) * reference + weight * batch``.
 
-    ``reference`` is the source's stored mean and variance, or with ``running`` the stream's own, which then become
-    the mixed ones (an exponential moving average). A pure batch normalises with the biased variance as
-    ``torch.nn.BatchNorm2d`` does in training; a mixture takes the unbiased one, as the running buffers of torch do.
-    A layer that sees a single value per channel in a stream uses the reference: there is no variance to speak of.
-    Layer and group norms have no such statistics and are not concerned.
+    ``reference`` is the stream's own stored mean and variance where its weights have any, else the source's; with
+    ``running`` the mixed ones are left as the new reference (an exponential moving average). A pure batch normalises
+    with the biased variance as ``torch.nn.BatchNorm2d`` does in training; a mixture takes the unbiased one, as the
+    running buffers of torch do, or with ``biased`` the biased.
+
+    With ``per_row`` the average runs over rows, not requests: ``n`` rows weigh ``a = 1 - (1 - weight)^n``, and the
+    variance is that of all rows together, ``(1 - a) V + a v + a (1 - a) (M - m)^2``, so that single rows lose nothing
+    (each has only its own variance, not the one between rows). Its ``v`` is the biased one.
+
+    A layer that sees a single value per channel in a stream uses the reference: there is no variance to speak of,
+    except with ``per_row``, where one value is as good as any other. Layer and group norms have no such statistics and
+    are not concerned.
     """
 
     weight: float
     running: bool = False
+    biased: bool = False
+    per_row: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.weight <= 1.0:
@@ -180,22 +239,56 @@ SOURCE_NORM = Norm(0.0)
 BATCH_NORM = Norm(1.0)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
     """An adaptation rule with its settings: immutable, shareable, without state of its own.
 
     Subclasses are frozen dataclasses whose fields are the settings, registered with :func:`register`. Rules for
-    authors: no data-dependent shapes (weight rows by a mask), no context manager held across the ``yield``, counters
-    in float64 or int64, and an empty selection means no step and no optimiser change.
+    authors: no context manager held across the ``yield``, counters in float64 or int64, an empty selection means no
+    step and no optimiser change, and draws under a condition have a name of their own (``batch.random.named``).
+
+    The settings here are every policy's, and ``stream.py`` sees to them: ``window``, a number of rows: small requests
+    are answered by moving statistics, and a step runs on the last ``window`` rows each time so many have come (0: each
+    request is a batch of its own). ``window_images``: how these rows are kept meanwhile, ``auto`` as 8-bit where inputs
+    have a range, ``exact`` as they came, ``none`` not at all, so that only requests of at least ``window`` rows adapt.
+    ``reset_after``: after so many rows the stream starts afresh from the source (RDumb; 0: never).
     """
 
     name: ClassVar[str]
-    scope: ClassVar[Scope]
-    needs: ClassVar[frozenset[str]] = frozenset()
+    plain: ClassVar[bool] = False
+    """Whether this is the source model itself."""
+    ranges: ClassVar[dict[str, str]] = {}
+    """Of the settings that are numbers, as intervals such as ``[0, 1)``; checked when a policy is made."""
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Published settings by scale (``cifar``, ``imagenet``), where they differ from the defaults."""
+    networks: ClassVar[int] = 1
+    """How many networks have a say in :meth:`answer`, each with its own activation statistics."""
+
+    window: int = 0
+    window_images: Literal["auto", "exact", "none"] = "auto"
+    reset_after: int = 0
+
+    def __post_init__(self) -> None:
+        counts = {"window": "[0, inf)", "reset_after": "[0, inf)"}
+        for setting, interval in (counts | self.ranges).items():
+            value = getattr(self, setting)
+            if value is not None and not _lies_in(value, interval):
+                raise ValueError(f"{setting} must lie in {interval}, got {value}")
+
+    @property
+    @abstractmethod
+    def scope(self) -> Scope:
+        """Which weights it adapts."""
 
     @property
     @abstractmethod
     def norm(self) -> Norm:
         """How batch-norm layers normalise under this policy."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Groups of ``Source.artefacts`` without which it cannot run."""
+        return frozenset()
 
     @abstractmethod
     def init(self, source: Source) -> State:
@@ -209,15 +302,36 @@ class Policy(ABC):
         client at once; what it returns is kept only if the server finds it sound.
         """
 
+    def answer(self, state: State, batch: Batch) -> Tensor:
+        """The logits ``[N, C]`` to serve between two steps of a ``window``. Runs under ``no_grad``.
+
+        Calls ``batch.forward`` exactly ``networks`` times, for the same network in the same place each time.
+        """
+        return batch.forward(state.weights, batch.x).logits
+
+
+def _lies_in(value: float, interval: str) -> bool:
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = low <= value if interval[0] == "[" else low < value
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below and not math.isnan(value)
+
 
 _POLICIES: dict[str, type[Policy]] = {}
 P = TypeVar("P", bound=type[Policy])
 
 
 def register(policy: P) -> P:
-    """Class decorator: puts a policy into the table under its ``name``. Raises ``ValueError`` for a name taken."""
+    """Class decorator: puts a policy into the table under its ``name``.
+
+    Raises ``ValueError`` for a name taken, and ``TypeError`` where a preset or range names no setting.
+    """
     if policy.name in _POLICIES:
         raise ValueError(f"policy {policy.name!r} is registered already, by {_POLICIES[policy.name].__qualname__}")
+    settings = {one.name for one in fields(policy)}
+    for named in (policy.ranges, *policy.presets.values()):
+        if unknown := set(named) - settings:
+            raise TypeError(f"policy {policy.name!r} has no setting {', '.join(sorted(unknown))}")
     # Read by pydantic when the server validates settings: a setting that does not exist must not pass unnoticed.
     policy.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
     _POLICIES[policy.name] = policy

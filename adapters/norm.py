@@ -35,13 +35,10 @@ class NormPolicy(Policy):
 
     name = "norm"
     scope = Scope.NORM
+    ranges = {"alpha": "[0, 1]"}
 
     mode: Literal["batch", "blend", "running"] = "batch"
     alpha: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha must lie in [0, 1], got {self.alpha}")
 
     @property
     def norm(self) -> Norm:

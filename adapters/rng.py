@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from adapters.base import Segments
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 _BITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 """Random bits that each type holds exactly, so that no draw is rounded up to 1."""
+_BULK = 2**32 - 1
+"""Counter of the seeds for torch's generators; :meth:`Random.uniform` counts from 0 and does not get here."""
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -45,23 +52,81 @@ def stream_key(name: str, seed: int = 0) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class Uniform:
-    """Draws ``[S, *shape]`` from [0, 1) for one engine step. Each call is a new, independent draw.
+def _key(high: Tensor, low: Tensor) -> Tensor:
+    """Two random words as a non-negative 63-bit integer."""
+    return (high >> 1 << 32) | low
 
-    ``keys [S]`` and ``steps [S]`` are int64: each stream's random key and the number of steps it has committed.
+
+class Random:
+    """Random numbers of the streams of one engine step. Each call is a new, independent draw.
+
+    ``keys [S]`` and ``steps [S]`` are int64: each stream's random key and the number of steps it has committed. What a
+    stream draws depends on these two, on the names on the way (:meth:`named`), and on how many draws came before from
+    the same object; so draws that only some streams make need a name of their own.
+
+    Few numbers come from Philox and are the same on every device (:meth:`uniform`); many come from torch's own
+    generators, seeded by it, stream by stream, and are the same on devices of one kind.
     """
 
     def __init__(self, keys: Tensor, steps: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        self._keys, self._steps, self._dtype, self._draws = keys[:, None], steps[:, None], dtype, 0
+        self._keys, self._steps, self._dtype, self._draws = keys, steps, dtype, 0
 
-    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+    def named(self, name: str) -> Random:
+        """Draws for one purpose, independent of all others; the same at every call."""
+        tag = stream_key(name)
+        high, low, _, _ = self._philox(torch.full_like(self._keys, tag & _MASK), tag >> 32)
+        return Random(_key(high, low).squeeze(1), self._steps, self._dtype)
+
+    def among(self, streams: list[int]) -> Random:
+        """Draws of these streams alone, as they are in any company."""
+        index = torch.tensor(streams, device=self._keys.device)
+        return Random(self._keys[index], self._steps[index], self._dtype)
+
+    def uniform(self, shape: tuple[int, ...]) -> Tensor:
+        """``[S, *shape]`` from [0, 1)."""
         size = math.prod(shape)
         block = torch.arange(-(-size // 4), device=self._keys.device)[None]
-        words = philox(
-            (block & _MASK, torch.full_like(block, self._draws), self._steps & _MASK, self._steps >> 32),
-            (self._keys & _MASK, self._keys >> 32),
-        )
+        words = self._philox(block, self._draws)
         self._draws += 1
         mantissa = _BITS.get(self._dtype, 32)
         drawn = torch.stack(words, -1).flatten(1)[:, :size] >> (32 - mantissa)
         return (drawn.to(self._dtype) * 2.0**-mantissa).view(-1, *shape)
+
+    def uniform_rows(self, segments: Segments, shape: tuple[int, ...]) -> Tensor:
+        """``[N, *shape]`` from [0, 1) for the rows of ``segments``, which are of the same streams."""
+        return self._fill(segments.sizes, shape, torch.rand)
+
+    def normal_rows(self, segments: Segments, shape: tuple[int, ...]) -> Tensor:
+        """``[N, *shape]``, standard normal, for the rows of ``segments``, which are of the same streams."""
+        return self._fill(segments.sizes, shape, torch.randn)
+
+    def coins(self, probability: float, shape: tuple[int, ...]) -> Tensor:
+        """``[S, *shape]`` of bool, each true with this probability. For many."""
+        return self._fill([1] * len(self._keys), shape, torch.rand) < probability
+
+    def _fill(self, sizes: list[int], shape: tuple[int, ...], draw: Callable[..., Tensor]) -> Tensor:
+        high, low, _, _ = self._philox(torch.full_like(self._keys, _BULK), self._draws)
+        self._draws += 1
+        seeds = _key(high, low).squeeze(1).tolist()
+        generator = torch.Generator(self._keys.device)
+        return torch.cat(
+            [
+                draw(
+                    (size, *shape),
+                    generator=generator.manual_seed(seed),
+                    dtype=self._dtype,
+                    device=self._keys.device,
+                )
+                for seed, size in zip(seeds, sizes, strict=True)
+            ]
+        )
+
+    def _philox(self, first: Tensor, second: int) -> tuple[Tensor, ...]:
+        """Random words of each stream's key and step for the counters ``first`` (``[S]``, ``[S, n]`` or ``[1, n]``) and
+        ``second``: ``[S, n]``."""
+        first = first[:, None] if first.dim() == 1 else first
+        keys, steps = self._keys[:, None], self._steps[:, None]
+        return philox(
+            (first & _MASK, torch.full_like(first, second & _MASK), steps & _MASK, steps >> 32),
+            (keys & _MASK, keys >> 32),
+        )

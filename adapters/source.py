@@ -16,6 +16,7 @@ class SourcePolicy(Policy):
     """Serves the source model. Keeps no state, adapts nothing."""
 
     name = "source"
+    plain = True
     scope = Scope.NONE
 
     @property

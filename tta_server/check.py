@@ -21,7 +21,7 @@ def print_report(models: Mapping[str, SourceModel], console: Console) -> None:
         console.print(f"  device         {model.network.device}")
         console.print(f"  input          {list(model.settings.input.shape)} in {model.settings.input.range}")
         console.print(f"  classes        {len(model.classes)}")
-        console.print(f"  head           {model.head}, of {model.source.feature_dim} features")
+        console.print(f"  head           {model.source.head}, of {model.source.feature_dim} features")
         console.print(f"  norm layers    {layers}")
         same = "bit for bit" if model.row_gap == 0 else f"within {model.row_gap:.1e}"
         console.print(f"  isolation      a row scores the same alone and in a batch, {same}")

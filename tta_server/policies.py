@@ -55,12 +55,13 @@ def make_policy(name: str, settings: Mapping[str, Any]) -> Policy:
 def describe(name: str) -> dict[str, Any]:
     """What a user needs to choose and set a policy: name, summary, scope, needs and the JSON schema of its settings."""
     kind = _policy_type(name)
+    defaults = kind()
     schema = TypeAdapter(kind).json_schema()
     return {
         "name": kind.name,
         "summary": (kind.__doc__ or "").strip().split("\n")[0],
-        "scope": kind.scope.value,
-        "needs": sorted(kind.needs),
+        "scope": str(defaults.scope),
+        "needs": sorted(defaults.needs),
         "settings": {key: value for key, value in schema.items() if key not in ("title", "description")},
     }
 

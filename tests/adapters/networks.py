@@ -7,8 +7,9 @@ weights loaded by ``load_model`` the way the server does it, whose norm layers w
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import adapters
-from adapters.base import Batch, Forward, Norm, Policy, Segments, Source, State, Step, Tensors
-from adapters.rng import Uniform, stream_key
+from adapters import serving
+from adapters.base import Batch, Norm, Output, Policy, Segments, Source, State, Step, Tensors
+from adapters.rng import Random, stream_key
+from tests.adapters.oracles import VARIANTS
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine, initial_state
 from tta_server.engine.norm import Pass
@@ -35,7 +38,9 @@ CLASSES = 5
 CPU = torch.device("cpu")
 
 SHAPES: dict[str, tuple[int, ...]] = {"conv-bn": (3, 6, 6), "conv-gn": (3, 6, 6), "mlp-bn": (7,)}
-"""The networks by name, with the shape of one input row."""
+"""The networks by name, with the shape of one input row; inputs have no range."""
+IMAGES: dict[str, tuple[int, ...]] = {"image-bn": (3, 8, 8), "image-gn": (3, 8, 8)}
+"""The same as ``conv-bn`` and ``conv-gn``, for images in [0, 1]: what policies that augment or store images run on."""
 ADAPTABLE_VALUES = {"conv-bn": 2 * (4 + 6), "conv-gn": 2 * (4 + 6 + 6), "mlp-bn": 2 * (8 + 6)}
 """Scales and shifts in each network's norm layers: 2 x the sum of their channels."""
 
@@ -48,6 +53,7 @@ def build(kind: str, seed: int = 0) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
     body: list[nn.Module]
+    kind = kind.replace("image", "conv")
     if kind == "mlp-bn":
         body = [nn.Linear(7, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Tanh()]
     else:
@@ -95,16 +101,21 @@ class Subject:
     def source(self) -> Source:
         return self.model.source
 
-    def forward(self, segments: Segments, norm: Norm) -> Forward:
-        """The served model as a function of per-stream weights, exactly as the engine hands it to policies."""
-        return lambda weights, x: self.model.network.run(Pass(segments, weights, norm), x)
+    def forward(self, segments: Segments, norm: Norm) -> Callable[[Mapping[str, Tensor], Tensor], Output]:
+        """The served model as a function of per-stream weights, exactly as policies get it."""
+        return lambda weights, x: self.network(weights, x, segments, norm)
+
+    def network(self, weights: Mapping[str, Tensor], x: Tensor, segments: Segments, norm: Norm) -> Output:
+        """The served model, exactly as the engine hands it to a batch."""
+        return self.model.network.run(Pass(segments, weights, norm), x)
 
     def rows(self, seed: int, count: int) -> Tensor:
         """``count`` input rows ``[count, *shape]``, away from the source's statistics."""
         generator = torch.Generator().manual_seed(seed)
         shift, scale = torch.rand(2, generator=generator, dtype=torch.float64)
         x: Tensor = torch.randn(count, *self.shape, generator=generator, dtype=torch.float64)
-        return x * (0.5 + float(scale)) + 2 * (float(shift) - 0.5)
+        x = x * (0.5 + float(scale)) + 2 * (float(shift) - 0.5)
+        return x.sigmoid() if self.kind in IMAGES else x
 
     def init(self, policy: Policy) -> State:
         """The state of one new stream, through the engine's own checks."""
@@ -122,11 +133,18 @@ def serve(kind: str, plain: nn.Module, arguments: Mapping[str, Any] | None = Non
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.safetensors"
         safetensors.torch.save_file(plain.state_dict(), path)
-        model = load_model("tiny", _settings(path, SHAPES[kind], dict(arguments or {"kind": kind})), CPU)
-    return Subject(kind, plain, model, SHAPES[kind])
+        model = load_model("tiny", _settings(path, kind, dict(arguments or {"kind": kind})), CPU)
+    source = dataclasses.replace(model.source, artefacts=_artefacts(model.source))
+    return Subject(kind, plain, dataclasses.replace(model, source=source), (SHAPES | IMAGES)[kind])
 
 
-def _settings(weights: Path, shape: tuple[int, ...], arguments: dict[str, Any]) -> Settings:
+def _artefacts(source: Source) -> Tensors:
+    """Artefacts of plausible sizes for a source: what is tested is what policies make of them."""
+    generator = torch.Generator().manual_seed(11)
+    return {f"fisher/{key}": _uniform(source.weights[key], generator) for key in source.affine}
+
+
+def _settings(weights: Path, kind: str, arguments: dict[str, Any]) -> Settings:
     return Settings.model_validate(
         {
             "models": {
@@ -134,7 +152,10 @@ def _settings(weights: Path, shape: tuple[int, ...], arguments: dict[str, Any]) 
                     "factory": f"{build.__module__}:build",
                     "arguments": arguments,
                     "weights": str(weights),
-                    "input": {"shape": list(shape), "range": None},
+                    "input": {
+                        "shape": list((SHAPES | IMAGES)[kind]),
+                        "range": [0, 1] if kind in IMAGES else None,
+                    },
                 }
             }
         }
@@ -183,8 +204,8 @@ def run_raw(
 
 
 def drive(policy: Policy, subject: Subject, state: State, batch: Batch) -> tuple[Tensor, Step]:
-    """Runs a policy's step on a batch to its end: the logits it yielded and the step it returned."""
-    running = policy.step(subject.source, state, batch)
+    """Runs a policy's step on a batch to its end, as the server does: the logits it yielded and what it returned."""
+    running = serving.step(policy, subject.source, state, batch)
     logits = next(running)
     try:
         next(running)
@@ -204,8 +225,8 @@ def make_batch(
     """The batch a policy sees when the streams send ``inputs``; ``keys`` and ``steps`` drive their random draws."""
     segments = Segments([len(x) for x in inputs])
     keys = keys or [stream_key(f"stream-{index}") for index in range(len(inputs))]
-    uniform = Uniform(torch.tensor(keys), torch.tensor(steps or [0] * len(inputs)), torch.float64)
-    return Batch(torch.cat(list(inputs)), segments, subject.forward(segments, policy.norm), uniform)
+    random = Random(torch.tensor(keys), torch.tensor(steps or [0] * len(inputs)), torch.float64)
+    return Batch(torch.cat(list(inputs)), segments, subject.network, policy.norm, random)
 
 
 def join(states: Sequence[State]) -> State:
@@ -297,24 +318,6 @@ class Server:
         return self.store.export(self.lane, self.stream(name))
 
 
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "source": {"defaults": {}},
-    "norm": {
-        "batch": {"mode": "batch"},
-        "blend": {"mode": "blend", "alpha": 0.3},
-        "running": {"mode": "running", "alpha": 0.2},
-        "standing": {"mode": "running", "alpha": 0.0},
-    },
-    # Learning rates far above the defaults: a step must move the answers by much more than rounding does.
-    "tent": {
-        "adam": {"optimiser": "adam", "lr": 0.02},
-        "momentum": {"optimiser": "sgd", "lr": 0.1, "momentum": 0.9},
-        "sgd": {"optimiser": "sgd", "lr": 0.2, "momentum": 0.0},
-    },
-}
-"""Settings to run the laws with, by policy and name of the variant."""
-
-
 @dataclass(frozen=True)
 class Case:
     """A policy with settings, on a network it can run on."""
@@ -377,12 +380,20 @@ def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(like.shape, generator=generator, dtype=like.dtype)
 
 
+def _networks(policy: Policy) -> list[Subject]:
+    """Those it can run on; the image networks only where the others are refused."""
+    for kinds in (SHAPES, IMAGES):
+        found = [one for one in map(subject, kinds) if can_run(policy, one)]
+        if found:
+            return found
+    return []
+
+
 CASES = [
-    Case(policy, subject(kind), variant)
+    Case(policy, network, variant)
     for name in adapters.policies()
     for variant, settings in variants_of(name).items()
     for policy in [make_policy(name, settings)]
-    for kind in SHAPES
-    if can_run(policy, subject(kind))
+    for network in _networks(policy)
 ]
 """Every registered policy, every variant, on every network it can run on."""

@@ -6,6 +6,7 @@ Numbers in brackets are sections of the project's algorithm notes: [6.1] all pol
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -359,7 +360,7 @@ def batch_stats(network: Subject, weights: dict[str, Tensor], x: Tensor) -> Tens
 def test_tent_refuses_a_network_without_norm_layers() -> None:
     """There would be nothing to adapt."""
     source = subject("conv-gn").source
-    without = type(source)(source.weights, (), (), source.num_classes, source.feature_dim)
+    without = dataclasses.replace(source, affine=(), statistics=())
     with pytest.raises(ValueError, match="norm layers"):
         make_policy("tent", {}).init(without)
 

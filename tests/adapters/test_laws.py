@@ -6,11 +6,11 @@ and an oracle in ``oracles.py``, without which law 8 fails.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import random
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import pytest
 import safetensors.torch
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 import adapters
-from adapters.base import Batch, Scope, Segments, State, Step, Tensors
-from adapters.rng import stream_key
+from adapters import serving
+from adapters.base import Batch, Norm, Output, Scope, Segments, State, Step, Tensors
+from adapters.rng import Random, stream_key
 from tests.adapters.networks import (
     CASES,
     CLASSES,
+    IMAGES,
     SHAPES,
-    VARIANTS,
     Case,
     Server,
     assert_close,
@@ -37,7 +38,7 @@ from tests.adapters.networks import (
     run_raw,
     variants_of,
 )
-from tests.adapters.oracles import ORACLES
+from tests.adapters.oracles import ORACLES, VARIANTS
 from tta_server.engine.norm import Pass
 from tta_server.errors import StepFailed
 from tta_server.types import Answer
@@ -57,8 +58,8 @@ def test_every_policy_is_covered(name: str) -> None:
     """No registered policy and none of its variants escapes the laws by running on no network of ours."""
     for variant in variants_of(name):
         assert any(case.policy.name == name and case.variant == variant for case in CASES), (
-            f"policy {name!r} ({variant}) runs on none of {', '.join(SHAPES)}: add a network to networks.py that has "
-            "what it needs"
+            f"policy {name!r} ({variant}) runs on none of {', '.join(SHAPES | IMAGES)}: add a network to "
+            "networks.py that has what it needs"
         )
 
 
@@ -260,20 +261,22 @@ def test_oracle(case: Case, seed: int) -> None:
     if oracle is None:
         pytest.fail(
             f"policy {case.policy.name!r} has no oracle: write a slow, independent, one-model-per-stream version of it "
-            "straight from the equations and enter it in ORACLES in tests/adapters/oracles.py"
+            "straight from the equations, in a module of tests/adapters/oracles"
         )
     choice = random.Random(seed)
     server = Server(case.policy, case.subject, slots=3, shadow_ratio=0.5)
     names = ("a", "b", "c", "d")
-    models = {name: oracle(case.subject.plain, case.policy) for name in names}
+    models = {name: oracle(case.subject.plain, case.policy, case.subject.source.artefacts) for name in names}
     moved = 0.0
     for step in range(20):
         present = choice.sample(names, choice.randint(1, 3))
         sizes = tuple(choice.randint(1, 7) for _ in names)
         requests = dict(zip(names, case.inputs(seed, step, sizes), strict=True))
+        versions = {name: server.stream(name).version for name in present}
         answers = server.logits({name: requests[name] for name in present})
         for name in present:
-            expected = models[name].step(requests[name])
+            key, version = torch.tensor([stream_key(name)]), torch.tensor([versions[name]])
+            expected = models[name].step(requests[name], Random(key, version, torch.float64))
             torch.testing.assert_close(answers[name], expected, rtol=1e-8, atol=1e-8)
             with torch.no_grad():
                 moved = max(moved, float((expected - case.subject.plain(requests[name])).abs().max()))
@@ -290,14 +293,14 @@ def test_oracle(case: Case, seed: int) -> None:
 def test_yields_once(case: Case) -> None:
     """Law 9: a step yields the logits, then returns its step; whoever stops listening in between breaks nothing."""
     state, batch = join(case.warm(0, (3, 2))), make_batch(case.policy, case.subject, case.inputs(0, 2, (3, 2)))
-    running = case.policy.step(case.subject.source, state, batch)
+    running = serving.step(case.policy, case.subject.source, state, batch)
     assert next(running).shape == (5, CLASSES)
     with pytest.raises(StopIteration) as end:
         next(running)
     assert isinstance(end.value.value, Step)
 
     expected, _, _ = run_raw(case.policy, case.subject, state, case.inputs(0, 2, (3, 2)))
-    abandoned = case.policy.step(case.subject.source, state, batch)
+    abandoned = serving.step(case.policy, case.subject.source, state, batch)
     next(abandoned)
     abandoned.close()
     after, _, _ = run_raw(case.policy, case.subject, state, case.inputs(0, 2, (3, 2)))
@@ -328,10 +331,8 @@ def test_no_leak(case: Case, finish: bool) -> None:
     def seen(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         watched.append(weakref.ref(output))
 
-    segments = Segments([len(x) for x in inputs])
-
-    def forward(weights: Tensors, x: Tensor) -> Any:
-        now = Pass(segments, weights, case.policy.norm)
+    def run(weights: Mapping[str, Tensor], x: Tensor, segments: Segments, norm: Norm) -> Output:
+        now = Pass(segments, weights, norm)
         passes.append(weakref.ref(now))
         return network.run(now, x)
 
@@ -340,7 +341,7 @@ def test_no_leak(case: Case, finish: bool) -> None:
     given = make_batch(case.policy, case.subject, inputs)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-            batch = Batch(given.x, segments, forward, given.uniform)  # type: ignore[arg-type]  # narrower on purpose
+            batch = dataclasses.replace(given, network=run)
             logits, step = drive(case.policy, case.subject, state, batch) if finish else _give_up(case, state, batch)
     finally:
         for hook in hooks:
@@ -363,7 +364,7 @@ def test_no_leak(case: Case, finish: bool) -> None:
 
 def _give_up(case: Case, state: State, batch: Batch) -> tuple[Tensor, Step]:
     """Runs a step to its answer only, as under pressure; the state stays what it was."""
-    running = case.policy.step(case.subject.source, state, batch)
+    running = serving.step(case.policy, case.subject.source, state, batch)
     logits = next(running)
     running.close()
     return logits, Step(state)

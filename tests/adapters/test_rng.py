@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adapters.base import SOURCE_NORM, Batch, Norm, Policy, Scope, Source, State, Step
-from adapters.rng import Uniform, philox, stream_key
+from adapters.rng import Random, philox, stream_key
 from tests.adapters.networks import Server, assert_same, subject
 from tta_server.errors import StepFailed
 
@@ -26,9 +26,9 @@ def words(text: str) -> list[int]:
     return [int(word, 16) for word in text.split()]
 
 
-def uniform(names: list[str], steps: list[int] | None = None, dtype: torch.dtype = torch.float64) -> Uniform:
+def draws_of(names: list[str], steps: list[int] | None = None, dtype: torch.dtype = torch.float64) -> Random:
     keys = torch.tensor([stream_key(name) for name in names])
-    return Uniform(keys, torch.tensor(steps or [0] * len(names)), dtype)
+    return Random(keys, torch.tensor(steps or [0] * len(names)), dtype)
 
 
 @pytest.mark.parametrize("name", KNOWN_ANSWERS)
@@ -53,7 +53,7 @@ def test_philox_broadcasts_keys_against_counters() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_draws_lie_in_the_unit_interval(dtype: torch.dtype) -> None:
     """In [0, 1): finite, never 1, in the dtype asked for. A network in half precision draws in half precision."""
-    draws = uniform(["a", "b"], dtype=dtype)((20_000,))
+    draws = draws_of(["a", "b"], dtype=dtype).uniform((20_000,))
     assert draws.dtype == dtype
     assert draws.isfinite().all()
     assert float(draws.min()) >= 0
@@ -65,7 +65,7 @@ def test_draws_lie_in_the_unit_interval(dtype: torch.dtype) -> None:
 def test_draws_are_uniform(dtype: torch.dtype) -> None:
     """Moments, ten equal bins and neighbours, each within five standard errors of what a uniform variable has."""
     n = 40_000
-    x = uniform(["a", "b", "c"], dtype=dtype)((n,)).double()
+    x = draws_of(["a", "b", "c"], dtype=dtype).uniform((n,)).double()
     for moment in (1, 2, 3, 4):
         error = (1 / (2 * moment + 1) - 1 / (moment + 1) ** 2) ** 0.5 / n**0.5
         assert ((x**moment).mean(1) - 1 / (moment + 1)).abs().max() < 5 * error
@@ -80,20 +80,20 @@ def test_draws_are_uniform(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (4,), (5, 2), (2, 3, 4)], ids=str)
 def test_shape(shape: tuple[int, ...]) -> None:
     """``uniform(shape) -> [S, *shape]``, whatever is left of the last block of four words."""
-    draws = uniform(["a", "b"])(shape)
+    draws = draws_of(["a", "b"]).uniform(shape)
     assert draws.shape == (2, *shape)
     assert draws.unique().numel() == draws.numel()
 
 
 def test_a_stream_draws_the_same_in_any_company() -> None:
     """Same key, step and draw: same numbers, alone or with others, at any place among them."""
-    alone = uniform(["b"], [5])
-    first, second = alone((3, 7)), alone((4,))
-    company = uniform(["a", "b", "c"], [9, 5, 0])
-    assert torch.equal(company((3, 7))[1], first[0])
-    assert torch.equal(company((4,))[1], second[0])
-    moved = uniform(["b", "z"], [5, 5])
-    assert torch.equal(moved((3, 7))[0], first[0])
+    alone = draws_of(["b"], [5])
+    first, second = alone.uniform((3, 7)), alone.uniform((4,))
+    company = draws_of(["a", "b", "c"], [9, 5, 0])
+    assert torch.equal(company.uniform((3, 7))[1], first[0])
+    assert torch.equal(company.uniform((4,))[1], second[0])
+    moved = draws_of(["b", "z"], [5, 5])
+    assert torch.equal(moved.uniform((3, 7))[0], first[0])
 
 
 def test_draws_differ_between_streams_steps_and_calls() -> None:
@@ -101,8 +101,8 @@ def test_draws_differ_between_streams_steps_and_calls() -> None:
     drawn: list[Tensor] = []
     for name in ("a", "b"):
         for step in (0, 1, 2**32, 2**32 + 1):
-            draws = uniform([name], [step])
-            drawn += [draws((64,))[0], draws((64,))[0]]
+            draws = draws_of([name], [step])
+            drawn += [draws.uniform((64,))[0], draws.uniform((64,))[0]]
     together = torch.cat(drawn)
     assert together.unique().numel() == together.numel()
 
@@ -110,9 +110,9 @@ def test_draws_differ_between_streams_steps_and_calls() -> None:
 def test_the_same_call_gives_the_same_numbers() -> None:
     """There is no hidden generator: not torch's global one either."""
     torch.manual_seed(0)
-    first = uniform(["a"], [3])((16,))
+    first = draws_of(["a"], [3]).uniform((16,))
     torch.manual_seed(1)
-    assert torch.equal(uniform(["a"], [3])((16,)), first)
+    assert torch.equal(draws_of(["a"], [3]).uniform((16,)), first)
 
 
 def test_stream_keys() -> None:
@@ -128,7 +128,7 @@ def test_stream_keys() -> None:
 def test_every_bit_of_a_key_counts() -> None:
     """Keys that differ in one bit, low or high, give different draws."""
     keys = [0, *(1 << bit for bit in range(63))]
-    draws = Uniform(torch.tensor(keys), torch.zeros(64, dtype=torch.int64), torch.float64)((2,))
+    draws = Random(torch.tensor(keys), torch.zeros(64, dtype=torch.int64), torch.float64).uniform((2,))
     assert draws.unique().numel() == draws.numel()
 
 
@@ -148,7 +148,7 @@ class Dice(Policy):
 
     def step(self, source: Source, state: State, batch: Batch) -> Generator[Tensor, None, Step]:
         yield batch.forward({}, batch.x).logits
-        return Step(State({}, {"drawn": torch.stack([batch.uniform((3,)), batch.uniform((3,))], 1)}))
+        return Step(State({}, {"drawn": torch.stack([batch.random.uniform((3,)), batch.random.uniform((3,))], 1)}))
 
 
 def test_the_engine_draws_by_stream_and_version() -> None:
@@ -158,8 +158,8 @@ def test_the_engine_draws_by_stream_and_version() -> None:
     x, bad = network.rows(0, 2), torch.full((2, *network.shape), torch.nan, dtype=torch.float64)
 
     def expected(name: str, version: int) -> dict[str, Tensor]:
-        draws = uniform([name], [version])
-        return {"drawn": torch.stack([draws((3,)), draws((3,))], 1)}
+        draws = draws_of([name], [version])
+        return {"drawn": torch.stack([draws.uniform((3,)), draws.uniform((3,))], 1)}
 
     server = Server(Dice(), network)
     server.step({"a": x, "b": x})

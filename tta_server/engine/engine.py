@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters import losses
-from adapters.base import Policy, Scope, Segments, State, Step
+from adapters import losses, serving
+from adapters.base import Policy, Segments, State, Step
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.norm import Pass
 from tta_server.engine.run import PolicyRun
@@ -95,7 +95,7 @@ class Engine:
                 if self.store.has_state(lane):
                     lease, state = self.store.lease(lane, [job.stream for job in jobs])
                 sampled = self._sample(lane, jobs)
-                run = PolicyRun(model, lane, jobs, state, watch=bool(sampled) and lane.policy.scope is Scope.NONE)
+                run = PolicyRun(model, lane, jobs, state, watch=bool(sampled) and lane.policy.plain)
                 logits = run.scores()
                 served = _Served(run, logits, losses.entropy(logits), logits.softmax(1).amax(1), sampled)
             except Exception as error:
@@ -124,7 +124,7 @@ class Engine:
         An answer of the plain source model says nothing of how the adapted one does: of that, only drift counts.
         """
         stream.requests += 1
-        stream.adapted += lane.policy.scope is not Scope.NONE
+        stream.adapted += not lane.policy.plain
         if stream.id:
             own = lane.policy == stream.policy
             told = {name: value for name, value in signals.items() if math.isfinite(value) and (own or name == DRIFT)}
@@ -148,7 +148,7 @@ class Engine:
                 Answer(
                     logits=logits,
                     version=job.stream.version,
-                    adapted=lane.policy.scope is not Scope.NONE,
+                    adapted=not lane.policy.plain,
                     policy=lane.policy.name,
                     entropy=entropy,
                     confidence=confidence,
@@ -207,7 +207,7 @@ class Engine:
             return 0.0
         started = time.monotonic()
         try:
-            if lane.policy.scope is Scope.NONE:
+            if lane.policy.plain:
                 _add(signals, range(len(jobs)), DRIFT, served.run.distances)
                 return 0.0
             sizes = served.run.segments.sizes
@@ -228,7 +228,7 @@ class Engine:
 
     def _sample(self, lane: Lane, jobs: list[Job]) -> list[int]:
         """Which jobs' requests are compared with the source: an even share of each named stream's, by who answers."""
-        plain = lane.policy.scope is Scope.NONE
+        plain = lane.policy.plain
         chosen = []
         for index, job in enumerate(jobs):
             stream = job.stream
@@ -240,14 +240,14 @@ class Engine:
 
 def initial_state(policy: Policy, model: SourceModel) -> State:
     """What a new stream of this policy starts from. Raises ``ValueError`` when the policy cannot run on this model."""
-    if policy.scope is Scope.ALL:
-        raise ValueError(f"{policy.name} adapts all weights, which this server does not offer yet")
-    missing = policy.needs - model.source.artefacts.keys()
+    missing = policy.needs - {key.partition("/")[0] for key in model.source.artefacts}
     if missing:
+        listed = ",".join(sorted(missing))
         raise ValueError(
-            f"{policy.name} needs {', '.join(sorted(missing))} of the source, which this model does not have"
+            f"{policy.name} needs {listed.replace(',', ' and ')} of the source, which this model does not have yet; "
+            f"run: tta-server prepare CONFIG --data DIR --only {listed}"
         )
-    return policy.init(model.source)
+    return serving.init(policy, model.source)
 
 
 class _Unanswered(Exception):

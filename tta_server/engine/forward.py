@@ -1,8 +1,12 @@
 """One forward pass for many streams: the network as a function of per-stream weights.
 
-Strategy *segment*, for policies of scope ``NONE`` and ``NORM``: every row goes through the shared layers together, and
-the norm layers (``norm.py``) apply each stream's own weights and statistics to that stream's rows. Any mixture of batch
+Two strategies, and a policy cannot tell which ran:
+
+*segment*, where only tensors of norm layers are the streams' own: all rows go through the shared layers together, and
+the norm layers (``norm.py``) apply each stream's weights and statistics to that stream's rows. Any mixture of batch
 sizes is one pass.
+
+*loop*, where others are, too: stream by stream, each through its own weights.
 """
 
 from __future__ import annotations
@@ -12,9 +16,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from adapters.base import Output, Segments
-from tta_server.engine.norm import Conduit, Pass, replace_norms
+from adapters.base import Output, Segments, Tensors
+from tta_server.engine.norm import KINDS, Conduit, Pass, replace_norms
 from tta_server.engine.stable import stabilise
 from tta_server.errors import ConfigError
 from tta_server.settings import InputSettings, type_and_line
@@ -32,6 +37,7 @@ class StreamwiseNetwork:
         self._network = network.eval().requires_grad_(False)
         self._conduit = Conduit()
         self.norm_layers = replace_norms(self._network, self._conduit)
+        self._of_norms = {f"{layer}.{kind}" for layer in self.norm_layers for kind in KINDS}
         stabilise(self._network)
         self._network.to(device)
         # Torch's fused transformer layers read the norm layers' weights past their forward, and so past the streams'.
@@ -48,9 +54,44 @@ class StreamwiseNetwork:
         """Runs ``x [N, ...]``, un-normalised, under the weights, segments and statistics of ``now``."""
         if self._mean is not None and self._std is not None:
             x = (x - self._mean) / self._std
+        if now.weights.keys() <= self._of_norms:
+            return self._pass(now, x, {})
+        return self._loop(now, x)
+
+    def _loop(self, now: Pass, x: Tensor) -> Output:
+        """Each stream with rows by itself. Gradients reach the stacked weights through one ``unbind`` each."""
+        weights = {key: value.unbind(0) for key, value in now.weights.items()}
+        outputs: list[Output] = []
+        statistics: dict[int, Tensors] = {}
+        for stream, rows in enumerate(x.split(now.segments.sizes)):
+            if not len(rows):
+                continue
+            own = {key: value[stream] for key, value in weights.items()}
+            norms = {key: value.unsqueeze(0) for key, value in own.items() if key in self._of_norms}
+            shared = {key: value for key, value in own.items() if key not in self._of_norms}
+            alone = Pass(Segments([len(rows)], self.device), norms, now.norm)
+            outputs.append(self._pass(alone, rows, shared))
+            statistics[stream] = outputs[-1].statistics
+        some = next(iter(statistics.values()))
+        for stream in range(now.segments.streams):
+            # What a stream without rows had before.
+            statistics.setdefault(stream, {key: self._reference(key, now, stream) for key in some})
+        return Output(
+            torch.cat([one.logits for one in outputs]),
+            torch.cat([one.features for one in outputs]),
+            {key: torch.cat([statistics[stream][key] for stream in range(now.segments.streams)]) for key in some},
+        )
+
+    def _reference(self, key: str, now: Pass, stream: int) -> Tensor:
+        """The statistics ``[1, channels]`` under ``key`` that a stream brought along, else the source's."""
+        given = now.weights.get(key)
+        return self._network.get_buffer(key).unsqueeze(0) if given is None else given[stream : stream + 1]
+
+    def _pass(self, now: Pass, x: Tensor, replaced: Tensors) -> Output:
+        """The network on normalised rows, with the tensors ``replaced`` in the place of its own."""
         self._conduit.current = now
         try:
-            logits = self._network(x)
+            logits = functional_call(self._network, replaced, x) if replaced else self._network(x)
             features = self._features
         finally:
             self._conduit.current = self._features = None

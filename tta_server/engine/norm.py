@@ -159,6 +159,10 @@ REPLACED: dict[type[nn.Module], type[StreamNorm]] = {
 """Exactly these types are replaced. A subclass may do more in its forward, so it is left as it is."""
 
 
+KINDS = ("weight", "bias", "running_mean", "running_var")
+"""What a norm layer may hold."""
+
+
 def replace_norms(model: nn.Module, conduit: Conduit) -> list[str]:
     """Puts stream-wise layers in the place of the model's norm layers; returns their names. Mutates ``model``."""
     made: dict[nn.Module, StreamNorm] = {}

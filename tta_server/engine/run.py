@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adapters import rng
-from adapters.base import Batch, Output, Segments, State, Step
+from adapters import rng, serving
+from adapters.base import Batch, Norm, Output, Segments, State, Step
 from tta_server.engine.norm import Pass
 from tta_server.engine.source import SourceModel
 from tta_server.types import Job, Lane
@@ -27,14 +27,13 @@ class PolicyRun:
         self.x = torch.cat([job.x for job in jobs if job.x is not None]).to(device, dtype)
         self.distances: list[Tensor] = []
 
-        def forward(weights: Mapping[str, Tensor], x: Tensor) -> Output:
-            now = Pass(self.segments, weights, lane.policy.norm, observe=watch, distances=self.distances)
-            return model.network.run(now, x)
+        def network(weights: Mapping[str, Tensor], x: Tensor, segments: Segments, norm: Norm) -> Output:
+            return model.network.run(Pass(segments, weights, norm, observe=watch, distances=self.distances), x)
 
         keys = torch.tensor([job.stream.random_key for job in jobs], device=device)
         versions = torch.tensor([job.stream.version for job in jobs], device=device)
-        batch = Batch(self.x, self.segments, forward, rng.Uniform(keys, versions, dtype))
-        self._step = lane.policy.step(model.source, state, batch)
+        batch = Batch(self.x, self.segments, network, lane.policy.norm, rng.Random(keys, versions, dtype))
+        self._step = serving.step(lane.policy, model.source, state, batch)
 
     def scores(self) -> Tensor:
         """Runs to the ``yield``: the logits to serve, ``[N, C]`` on the CPU, at least float32."""

@@ -8,8 +8,9 @@ numbers in any company (design law 1). The forward and backward passes are writt
     mu = (1 - w) M + w m,   sigma^2 = (1 - w) V + w k v
 
 with reference statistics ``M, V``, the stream's batch mean and biased variance ``m, v`` over ``n`` values, weight ``w``
-and ``k = n / (n - 1)`` for mixtures, 1 for a pure batch. With ``G = sum g`` and ``X = sum g (x - mu)`` per stream and
-channel, where ``g`` is the gradient of the loss with respect to ``y``,
+and ``k = n / (n - 1)`` for unbiased mixtures, else 1. (Averages per row, see ``adapters.base.Norm``, have one more term
+in ``sigma^2``; they only answer and have no backward pass.) With ``G = sum g`` and ``X = sum g (x - mu)`` per stream
+and channel, where ``g`` is the gradient of the loss with respect to ``y``,
 
     d beta = G,   d gamma = r X,   d x = a g - (w a / n) G - (w a / n) k r (d gamma) (x - m).
 """
@@ -49,13 +50,19 @@ class SegmentBatchNorm(torch.autograd.Function):
             shift = -per_row(mean, segments)
         else:
             rows, row_mean, batch_mean, batch_var, batch_shift = _moments(rows, segments)
+            counts = segments.rows_per_stream(x.dtype)
             if norm == BATCH_NORM and min(segments.sizes) * positions > 1:
                 mean, var, shift = batch_mean, batch_var, batch_shift
+            elif norm.per_row:
+                weight = 1 - (1 - norm.weight) ** counts
+                between = weight * (1 - weight) * (batch_mean - mean).square()
+                mean, var = torch.lerp(mean, batch_mean, weight), torch.lerp(var, batch_var, weight) + between
+                shift = row_mean - segments.spread(mean)
             else:
-                values = segments.rows_per_stream(x.dtype) * positions
+                values = counts * positions
                 # One value per channel has no variance: such streams keep the reference.
                 weight = (values > 1).to(x.dtype) * norm.weight
-                if norm != BATCH_NORM:
+                if _unbiased(norm):
                     batch_var = batch_var * (values / (values - 1).clamp_min(1))
                 mean, var = torch.lerp(mean, batch_mean, weight), torch.lerp(var, batch_var, weight)
                 shift = row_mean - segments.spread(mean)
@@ -78,6 +85,7 @@ class SegmentBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, g_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         rows, shift, batch_shift, r, a, row_a, weight = ctx.saved_tensors
         segments = ctx.segments
+        assert not ctx.norm.per_row, "statistics per row have no backward pass"
         g = g_y
         row_g = g.sum(2)
         g_beta = segments.sum(row_g)
@@ -86,10 +94,10 @@ class SegmentBatchNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             g_x = g * row_a.unsqueeze(2)
             if batch_shift is not None:
-                values = segments.rows_per_stream(g.dtype) * rows.shape[2]
+                values = segments.rows_per_stream(g.dtype).clamp_min(1) * rows.shape[2]
                 through = a / -values if weight is None else a / -values * weight
                 slope = through * r * g_gamma
-                if ctx.norm != BATCH_NORM:
+                if _unbiased(ctx.norm):
                     slope *= values / (values - 1).clamp_min(1)
                 row_slope = segments.spread(slope)
                 offset = torch.addcmul(segments.spread(through * g_beta), row_slope, batch_shift)
@@ -100,6 +108,10 @@ class SegmentBatchNorm(torch.autograd.Function):
         if ctx.shared[1]:
             g_beta = g_beta.sum(0, keepdim=True)
         return g_x, g_gamma, g_beta, None, None, None, None, None
+
+
+def _unbiased(norm: Norm) -> bool:
+    return norm != BATCH_NORM and not norm.biased
 
 
 def source_distance(x: Tensor, segments: Segments, source_mean: Tensor, source_var: Tensor, eps: float) -> Tensor:

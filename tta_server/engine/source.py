@@ -38,7 +38,6 @@ class SourceModel:
     """Hex SHA-256 of weights, architecture and input normalisation: equal digests, equal function."""
     architecture: str
     parameters: int
-    head: str
     norm_layers: dict[str, int]
     """Adaptable norm layers by type."""
     left_alone: tuple[str, ...]
@@ -83,17 +82,20 @@ def load_model(name: str, settings: Settings, device: torch.device) -> SourceMod
         settings=spec,
         source=Source(
             weights=tensors,
+            parameters=tuple(key for key, value in network.named_parameters() if value.is_floating_point()),
             affine=_keys(tensors, streamwise.norm_layers, ("weight", "bias")),
             statistics=_keys(tensors, streamwise.norm_layers, ("running_mean", "running_var")),
             num_classes=probed.classes,
             feature_dim=probed.features,
+            head=head,
+            input_shape=spec.input.shape,
+            input_range=spec.input.range,
         ),
         network=streamwise,
         classes=spec.classes or tuple(str(index) for index in range(probed.classes)),
         digest=digest,
         architecture=architecture,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        head=head,
         norm_layers=norm_layers,
         left_alone=left_alone,
         row_gap=probed.row_gap,
