@@ -6,11 +6,37 @@ Importing the package registers every policy in it; ``policies()`` is the table.
 from __future__ import annotations
 
 from adapters import (
+    cotta,
+    deyo,
     eata,
+    lame,
     norm,
+    petal,
+    rmt,
+    roid,
+    rotta,
+    sar,
     source,
+    t3a,
     tent,
 )  # isort: skip  the order of the table
 from adapters.base import Policy, policies, register
 
-__all__ = ["Policy", "eata", "norm", "policies", "register", "source", "tent"]
+__all__ = [
+    "Policy",
+    "cotta",
+    "deyo",
+    "eata",
+    "lame",
+    "norm",
+    "petal",
+    "policies",
+    "register",
+    "rmt",
+    "roid",
+    "rotta",
+    "sar",
+    "source",
+    "t3a",
+    "tent",
+]

@@ -193,7 +193,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step leaves behind: the new state and the signals, one number per stream (``[S]`` each)."""
+    """What a step leaves behind: the new state and the signals, one number per stream (``[S]`` each), NaN for a stream
+    that did not measure it."""
 
     state: State
     signals: Tensors = field(default_factory=dict)
@@ -261,6 +262,8 @@ class Policy(ABC):
     """Of the settings that are numbers, as intervals such as ``[0, 1)``; checked when a policy is made."""
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     """Published settings by scale (``cifar``, ``imagenet``), where they differ from the defaults."""
+    differentiates: ClassVar[bool] = True
+    """Whether its step takes gradients through the model, where its scope is not ``NONE``."""
     networks: ClassVar[int] = 1
     """How many networks have a say in :meth:`answer`, each with its own activation statistics."""
 

@@ -35,6 +35,7 @@ class NormPolicy(Policy):
 
     name = "norm"
     scope = Scope.NORM
+    differentiates = False
     ranges = {"alpha": "[0, 1]"}
 
     mode: Literal["batch", "blend", "running"] = "batch"

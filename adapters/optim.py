@@ -90,11 +90,13 @@ class Adam:
     eps: float = 1e-8
     weight_decay: float = 0.0
     decoupled: bool = False
+    counter: str = "adam.step"
+    """Key of the step counter: two optimisers in one state need two."""
 
     def init(self, weights: Mapping[str, Tensor]) -> Tensors:
         first = next(iter(weights.values()))
         memory = {f"adam.{moment}.{key}": torch.zeros_like(value) for moment in "mv" for key, value in weights.items()}
-        return memory | {"adam.step": torch.zeros(len(first), dtype=torch.int64, device=first.device)}
+        return memory | {self.counter: torch.zeros(len(first), dtype=torch.int64, device=first.device)}
 
     def update(
         self,
@@ -112,7 +114,7 @@ class Adam:
         m = torch._foreach_lerp([memory[f"adam.m.{key}"] for key in keys], g, 1 - b1)
         v = torch._foreach_mul([memory[f"adam.v.{key}"] for key in keys], b2)
         torch._foreach_addcmul_(v, g, g, 1 - b2)
-        step = memory["adam.step"] + 1
+        step = memory[self.counter] + 1
         # Each stream's own bias corrections; in float64, where 1 - b2^t keeps its digits.
         size = self.lr / (1 - b1 ** step.double())
         root = (1 - b2 ** step.double()).sqrt()
@@ -121,7 +123,7 @@ class Adam:
         update = torch._foreach_mul(torch._foreach_div(m, denominator), _per_stream(size, m))
         moved = torch._foreach_sub(theta, update)
         new_memory = {f"adam.m.{key}": value for key, value in zip(keys, m, strict=True)}
-        new_memory |= {f"adam.v.{key}": value for key, value in zip(keys, v, strict=True)} | {"adam.step": step}
+        new_memory |= {f"adam.v.{key}": value for key, value in zip(keys, v, strict=True)} | {self.counter: step}
         return _where(active, dict(zip(keys, moved, strict=True)), weights), _where(active, new_memory, memory)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import adapters
+from adapters import Policy
+from tta_server.prepare import GROUPS
 from tta_server.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +60,26 @@ def test_the_policy_of_the_guide_does_what_it_says() -> None:
 def test_the_config_of_the_readme_is_one() -> None:
     (config,) = blocks("README.md", "yaml")
     assert Settings.model_validate(yaml.safe_load(config)).models["mine"].policy == "tent"
+
+
+@pytest.mark.parametrize("name", adapters.policies())
+def test_every_policy_has_its_section(name: str) -> None:
+    """In docs/policies.md: a row in the table to choose from, and a section that names every setting of its own."""
+    text = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+    assert f"\n| [{name}](#{name}) |" in text
+    section = re.search(rf"^## `{name}`\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert section, f"docs/policies.md has no section of {name}"
+    common = {one.name for one in dataclasses.fields(Policy)}
+    settings = {one.name for one in dataclasses.fields(adapters.policies()[name])} - common
+    missing = {one for one in settings if f"`{one}`" not in section[1]}
+    assert not missing, f"the section of {name} does not say what {missing} is"
+    assert all(f"**`{one}`**" in text for one in common)
+
+
+def test_the_docs_name_every_artefact() -> None:
+    text = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+    rows = " ".join(line for line in text.splitlines() if line.startswith("| `"))
+    assert all(f"`{group}`" in rows for group in GROUPS)
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(str(one.relative_to(ROOT)) for one in ROOT.glob("docs/*.md"))])

@@ -403,7 +403,7 @@ def test_check_says_what_was_found(
         (model_with(factory="tests.serving:load", arguments={"folder": 1}), "the factory 'tests.serving:load' failed"),
         (model_with(head="tail"), "head = 'tail' is no layer of the model"),
         (model_with(policies={"tent": {"rate": 1}}), "the settings of policy 'tent' do not fit"),
-        (model_with(policies={"tent": {"lr": -1}}), "lr must be finite and must not be negative, got -1"),
+        (model_with(policies={"tent": {"lr": -1}}), "lr must lie in [0, inf), got -1"),
         (model_with(policy="magic"), "no policy 'magic'; there are: "),
         ({"server": {"device": "warp"}}, "server.device = 'warp' cannot be used here"),
     ],

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import nn
 
+from adapters.tent import Tent
+
 from tta_server.data import load_domains
 from tta_server.errors import ConfigError, StepFailed, TtaError, UnknownName
 from tta_server.evaluate import EvaluateOptions, PolicyResult, Results, evaluate, results_table
@@ -120,19 +122,42 @@ def test_results_json_holds_what_was_returned(folder: Path) -> None:
     assert list(stored) == ["policies", "config"]
     assert list(stored["policies"]) == ["source", "norm", "tent"]
     for result in stored["policies"].values():
-        assert list(result) == ["mean_error", "per_domain", "seconds", "settings"]
+        assert list(result) == ["mean_error", "per_domain", "per_pass", "seconds", "settings"]
         assert list(result["per_domain"]) == list(DOMAINS)
         assert result["mean_error"] == pytest.approx(sum(result["per_domain"].values()) / 3)
+        assert result["per_pass"] == [pytest.approx(result["mean_error"])]
         assert result["seconds"] > 0
-    assert stored["policies"]["tent"]["settings"] == {"optimiser": "adam", "lr": 0.01, "momentum": 0.9}
+    assert stored["policies"]["tent"]["settings"] == asdict(Tent(lr=0.01))
     digest = stored["config"].pop("digest")
     assert len(digest) == 64
     assert stored["config"] == {
         "config": str(folder / "config.yaml"), "data": str(folder / "data"), "order": "domains", "batch_size": 8,
-        "seed": 0, "domains": list(DOMAINS), "limit": None, "severity": 5, "model": "tiny",
+        "seed": 0, "domains": list(DOMAINS), "limit": None, "passes": 1, "severity": 5, "model": "tiny",
         "torch": torch.__version__,
     }  # fmt: skip
     assert (out / "errors.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_passes_go_on_without_a_reset(folder: Path) -> None:
+    """Two passes are the first one and what comes of it."""
+    out = folder / "out" / "run"
+    once, _ = run(folder, policies=("source", "tent"))
+    first = logits_of(out, "tent")["fog"]
+    twice, printed = run(folder, policies=("source", "tent"), passes=2)
+    assert np.abs(logits_of(out, "tent")["fog"] - first).max() > 1e-3, "the second pass starts where the first ended"
+    source, tent = twice.policies["source"], twice.policies["tent"]
+    assert source.per_pass == [once.policies["source"].mean_error] * 2
+    assert tent.per_pass[0] == once.policies["tent"].mean_error
+    assert tent.mean_error == pytest.approx(sum(tent.per_pass) / 2)
+    assert f"{tent.per_pass[1]:.2f}" in printed
+    assert (out / "passes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_settings_for_all_policies(folder: Path) -> None:
+    results, _ = run(folder, policies=("norm", "tent"), overrides=("window=8", "norm.mode=batch", "tent.lr=1e-2"))
+    settings = {name: one.settings for name, one in results.policies.items()}
+    assert settings["norm"]["window"] == settings["tent"]["window"] == 8
+    assert settings["tent"]["lr"] == 0.01
 
 
 @pytest.mark.parametrize("order", ["domains", "sorted", "shuffled", "dirichlet:0.1"])
@@ -213,10 +238,10 @@ def test_the_table_has_domains_means_and_times(folder: Path) -> None:
 def test_times_are_compared_with_source(policies: list[str], ratios: list[str]) -> None:
     results = Results(
         {
-            name: PolicyResult(50.0, {"fog": 50.0}, seconds, {})
+            name: PolicyResult(50.0, {"fog": 50.0}, [50.0], seconds, {})
             for name, seconds in zip(policies, (0.5, 2.0), strict=True)
         },
-        {"domains": ["fog"]},
+        {"domains": ["fog"], "passes": 1},
     )
     table = results_table(results, images=250)
     columns = [list(column.cells) for column in table.columns[1:]]
@@ -271,6 +296,11 @@ FAULTS: list[tuple[Callable[[Path], None], dict[str, Any], type[TtaError], str]]
     (nothing, {"policies": ("mend",)}, UnknownName, r"no policy 'mend'; there are: .*norm.*source.*tent"),
     (spoil_settings, {}, TtaError, r"settings of policy 'tent' do not fit:\n  rate"),
     (nothing, {"batch_size": 0}, ConfigError, r"batch size must be at least 1, got 0"),
+    (nothing, {"passes": 0}, ConfigError, r"passes must be at least 1, got 0"),
+    (nothing, {"overrides": ("lr",)}, ConfigError, r"given as policy\.setting=value or setting=value.*got 'lr'"),
+    (nothing, {"overrides": ("eata.lr=1",)}, ConfigError, r"one of the policies evaluated; got 'eata\.lr=1'"),
+    (nothing, {"overrides": ("tent.lr=[",)}, ConfigError, r"cannot read the value '\['"),
+    (nothing, {"overrides": ("lr=0.1",)}, TtaError, r"settings of policy 'source' do not fit:\n  lr"),
     (nothing, {"seed": -1}, ConfigError, r"seed must not be negative, got -1"),
     (
         nothing,

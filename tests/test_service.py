@@ -576,7 +576,7 @@ async def test_opening_again_the_same_way_confirms(bench: Bench, same: dict[str,
         ({"model": "huge"}, UnknownName, "no model 'huge'"),
         ({"policy": "magic"}, UnknownName, "no policy 'magic'"),
         ({"settings": {"learning_rate": 1}}, BadInput, "learning_rate"),
-        ({"settings": {"lr": -1}}, BadInput, "must not be negative"),
+        ({"settings": {"lr": -1}}, BadInput, r"lr must lie in \[0, inf\), got -1"),
     ],
     ids=str,
 )

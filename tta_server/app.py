@@ -26,7 +26,7 @@ from tta_server.engine.source import SourceModel, choose_device, load_model
 from tta_server.http import problems, v1, v2
 from tta_server.http.schemas import REQUESTS
 from tta_server.metrics import PrometheusRecorder, Recorder
-from tta_server.policies import make_policy
+from tta_server.policies import make_policy, starting_settings
 from tta_server.runner import HANGS, Runner
 from tta_server.scheduler import Bounds, Scheduler
 from tta_server.service import Service
@@ -44,7 +44,7 @@ def load_models(settings: Settings) -> dict[str, SourceModel]:
     device = choose_device(settings.server.device)
     for model in settings.models.values():
         for policy in {model.policy, *model.policies}:
-            make_policy(policy, model.policies.get(policy, {}))
+            make_policy(policy, starting_settings(policy, model))
     models = {name: load_model(name, settings, device) for name in settings.models}
     return {
         name: replace(model, reports={policy: policy_report(policy, model) for policy in adapters.policies()})

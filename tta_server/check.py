@@ -26,6 +26,7 @@ def print_report(models: Mapping[str, SourceModel], console: Console) -> None:
         same = "bit for bit" if model.row_gap == 0 else f"within {model.row_gap:.1e}"
         console.print(f"  isolation      a row scores the same alone and in a batch, {same}")
         console.print(f"  adaptable      {len(model.source.affine)} tensors, {model.adaptable_values:,} values")
+        console.print(f"  artefacts      {', '.join(model.prepared) or 'none; tta-server prepare makes them'}")
         for name in model.left_alone:
             found = f"{name}: of a type that streams cannot adapt yet; stays as trained"
             console.print(f"  [yellow]left alone[/yellow]     {found}")

@@ -78,6 +78,11 @@ def evaluate(
     severity: Annotated[int, typer.Option(min=1, max=5, help="Of CIFAR-10-C's .npy files.")] = 5,
     model: Annotated[str | None, typer.Option(help="Which model, where the config has several.")] = None,
     save_logits: Annotated[bool, typer.Option(help="Save the served scores of each policy.")] = False,
+    passes: Annotated[int, typer.Option(min=1, help="How often to go through all domains, without a reset.")] = 1,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="A setting over the config's: policy.setting=value, or setting=value for all. Repeatable."),
+    ] = None,
 ) -> None:
     """Runs policies over a folder of corrupted images, through the server's engine, and compares their errors."""
     from tta_server.evaluate import EvaluateOptions, evaluate
@@ -95,9 +100,49 @@ def evaluate(
         seed,
         severity,
         model,
-        save_logits,
+        save_logits=save_logits,
+        passes=passes,
+        overrides=tuple(set or ()),
     )
     evaluate(options, Console())
+
+
+@cli.command()
+def prepare(
+    config: Config,
+    data: Annotated[Path, typer.Option(help="Clean source images: an .npz file, or a folder (see docs/policies.md).")],
+    only: Annotated[
+        str, typer.Option(help="Groups to make, separated by commas; default: all but warmup_norm, replay.")
+    ] = "",
+    model: Annotated[str | None, typer.Option(help="Which model, where the config has several.")] = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images in a batch.")] = 64,
+    images: Annotated[int, typer.Option(min=2, help="Most images used of the data, drawn at random.")] = 5000,
+    fisher_images: Annotated[int, typer.Option(min=2, help="Images for the Fisher information.")] = 2000,
+    calibration_images: Annotated[int, typer.Option(min=2, help="Images for the calibration scores.")] = 2000,
+    replay_images: Annotated[int, typer.Option(min=2, help="Images stored for rmt's source replay.")] = 2000,
+    warm_up_images: Annotated[int, typer.Option(min=2, help="Images that rmt's warm-up goes through in all.")] = 50_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice and order of images.")] = 0,
+    force: Annotated[bool, typer.Option(help="Make anew what is there already.")] = False,
+) -> None:
+    """Computes what some policies need to know of the source data, once, and stores it beside the weights."""
+    from tta_server.prepare import PrepareOptions, prepare
+
+    check_package_names()
+    options = PrepareOptions(
+        config=config,
+        data=data,
+        only=_names(only),
+        model=model,
+        batch_size=batch_size,
+        images=images,
+        fisher_images=fisher_images,
+        calibration_images=calibration_images,
+        replay_images=replay_images,
+        warm_up_images=warm_up_images,
+        seed=seed,
+        force=force,
+    )
+    prepare(options, Console())
 
 
 @cli.command()

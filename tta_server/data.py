@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from tta_server.errors import ConfigError
@@ -39,6 +40,7 @@ STANDARD_ORDER = (
 """The 15 corruptions of Hendrycks and Dietterich 2019, in the order in which adaptation papers run them."""
 CLEAN, SOURCE_TRAIN, LABELS = "clean", "source_train", "labels"
 SEVERITIES = 5
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +148,93 @@ def gather(domains: Sequence[Domain], batch: Rows) -> tuple[Images, Labels]:
 def to_inputs(images: Images, spec: InputSettings) -> Tensor:
     """Pixels ``[B, height, width, channels]`` -> inputs ``[B, channels, height, width]`` spread over ``spec.range``."""
     return spec.from_pixels(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+
+
+class SourceImages:
+    """Clean images of the source domain, in memory or as image files, with labels or without. ``name`` says where they
+    are from, ``size`` is the model's input shape."""
+
+    def __init__(self, name: str, images: Images | list[Path], labels: Labels | None, size: tuple[int, ...]) -> None:
+        self.name, self._images, self._labels, self._size = name, images, labels, size
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    @property
+    def has_labels(self) -> bool:
+        return self._labels is not None
+
+    def take(self, chosen: Rows) -> tuple[Images, Labels]:
+        """Images ``[B, height, width, channels]`` and labels ``[B]``, -1 where there are none."""
+        labels = np.full(len(chosen), -1, np.int64) if self._labels is None else self._labels[chosen]
+        if isinstance(self._images, list):
+            return np.stack([self._open(self._images[index]) for index in chosen]), labels
+        return self._images[chosen], labels
+
+    def sample(self, limit: int, seed: int) -> SourceImages:
+        """At most so many of them, drawn at random."""
+        if len(self) <= limit:
+            return self
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:limit])
+        labels = None if self._labels is None else self._labels[chosen]
+        images = self._images
+        some = [images[index] for index in chosen] if isinstance(images, list) else images[chosen]
+        return SourceImages(self.name, some, labels, self._size)
+
+    def _open(self, path: Path) -> Images:
+        """An image file, scaled and cut about its centre to the model's input size."""
+        channels, height, width = self._size
+        try:
+            with Image.open(path) as image:
+                fitted = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (width, height))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ConfigError(f"cannot read the image {path}: {error}") from error
+        return np.asarray(fitted, np.uint8).reshape(height, width, channels)
+
+
+def load_source_images(path: Path, spec: InputSettings, classes: Sequence[str], limit: int, seed: int) -> SourceImages:
+    """Source images from an ``.npz`` file (``images`` and, where there are any, ``labels``), from a folder that holds
+    ``source_train.npz`` or ``clean.npz``, or from a folder of image files, one subfolder per class: named like the
+    model's classes, or else in the classes' order by name. Raises ``ConfigError`` saying what does not fit."""
+    if path.is_dir():
+        for name in (SOURCE_TRAIN, CLEAN):
+            if (path / f"{name}.npz").is_file():
+                return load_source_images(path / f"{name}.npz", spec, classes, limit, seed)
+        return _class_folders(path, spec, classes).sample(limit, seed)
+    if not path.is_file():
+        raise ConfigError(f"no source data {path.absolute()}: give an .npz file, or a folder")
+    if path.suffix != ".npz":
+        raise ConfigError(f"source data must be an .npz file or a folder, got {path}")
+    images, labels = _read(path, "images"), _read(path, "labels")
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+        raise ConfigError(f"{path} needs an array 'images', uint8 [rows, height, width, channels]")
+    domain = Domain(path.stem, images, np.zeros(len(images), np.int64) if labels is None else labels.astype(np.int64))
+    if len(domain.labels) != len(images):
+        raise ConfigError(f"{path} has {len(images)} images, but {len(domain.labels)} labels")
+    check_fit([domain], spec, len(classes))
+    return SourceImages(path.stem, images, None if labels is None else domain.labels, spec.shape).sample(limit, seed)
+
+
+def _class_folders(path: Path, spec: InputSettings, classes: Sequence[str]) -> SourceImages:
+    if len(spec.shape) != 3 or spec.shape[0] not in (1, 3):
+        raise ConfigError(f"image files need a model of images [1 or 3, height, width], not {list(spec.shape)}")
+    folders = {one.name: one for one in sorted(path.iterdir()) if one.is_dir()}
+    names = list(classes) if set(folders) == set(classes) else list(folders)
+    if len(names) != len(classes):
+        raise ConfigError(
+            f"{path} has neither {SOURCE_TRAIN}.npz nor {CLEAN}.npz, and {len(folders)} subfolders for the model's "
+            f"{len(classes)} classes; it needs one of image files for each class"
+        )
+    files = [
+        (file, label)
+        for label, name in enumerate(names)
+        for file in sorted(folders[name].rglob("*"))
+        if file.suffix.lower() in IMAGE_FILES
+    ]
+    if not files:
+        raise ConfigError(f"the subfolders of {path} hold no image files ({', '.join(IMAGE_FILES)})")
+    labels = np.array([label for _, label in files], np.int64)
+    return SourceImages(path.name, [file for file, _ in files], labels, spec.shape)
 
 
 def _find(folder: Path) -> dict[str, Path]:

@@ -26,9 +26,9 @@ from tta_server.data import Domain, Labels, Rows, arrange, check_fit, gather, lo
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine, initial_state
 from tta_server.engine.source import SourceModel, choose_device, load_model
-from tta_server.errors import ConfigError, StepFailed, UnknownName
-from tta_server.policies import load_plugins, make_policy, settings_of
-from tta_server.settings import InputSettings, Settings, load_settings
+from tta_server.errors import ConfigError, StepFailed
+from tta_server.policies import load_plugins, make_policy, settings_of, starting_settings
+from tta_server.settings import InputSettings, choose_model, load_settings, parse_value
 from tta_server.state.store import StateStore
 from tta_server.types import Answer, Job, Lane, Plan, Stream
 
@@ -58,9 +58,13 @@ class EvaluateOptions:
     severity: int = 5
     model: str | None = None
     """May be left out for a config of one model."""
+    passes: int = 1
+    """How often the streams go through all domains, without a reset in between."""
+    overrides: tuple[str, ...] = ()
+    """Settings over those of the config: ``policy.setting=value``, or ``setting=value`` for all policies evaluated."""
     save_logits: bool = False
     """Writes ``logits_<policy>.npz``: by domain, the served scores ``[rows, classes]`` float32, in the row order of the
-    domain's file (its first ``limit`` rows), whatever the order they were served in."""
+    domain's file (its first ``limit`` rows), whatever the order they were served in; those of the last pass."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class PolicyResult:
 
     mean_error: float
     per_domain: dict[str, float]
+    per_pass: list[float]
+    """Mean over domains, pass by pass."""
     seconds: float
     """In the engine: moving the input to the device, forward pass, adaptation and commit."""
     settings: dict[str, Any]
@@ -90,9 +96,10 @@ def evaluate(options: EvaluateOptions, console: Console) -> Results:
     """
     _check_plain(options)
     settings = load_settings(options.config)
-    name = _choose_model(settings, options.model)
+    name = choose_model(settings, options.model)
     load_plugins()
-    policies = {one: make_policy(one, settings.models[name].policies.get(one, {})) for one in options.policies}
+    changes = {one: _overrides(one, options) for one in options.policies}
+    policies = {one: make_policy(one, starting_settings(one, settings.models[name]) | changes[one]) for one in changes}
     domains = load_domains(options.data, options.domains, options.severity, options.limit)
     batches = arrange([domain.labels for domain in domains], options.order, options.batch_size, options.seed)
     device = choose_device(settings.server.device)
@@ -102,11 +109,11 @@ def evaluate(options: EvaluateOptions, console: Console) -> Results:
 
     # Nothing is measured beside the answers: the source model's own pass would be counted as the policies' time.
     engine = Engine({name: model}, StateStore(1, device), Monitor(settings.monitor.half_life), shadow_ratio=0.0)
-    runs = [_Run(model, one, policy, options.seed, domains, options.save_logits) for one, policy in policies.items()]
+    runs = [_Run(model, one, policy, options, domains) for one, policy in policies.items()]
     x = to_inputs(gather(domains, batches[0])[0], model.settings.input)
     for run in runs:
         run.warm_up(engine, x)
-    _serve(runs, engine, domains, batches, model.settings.input, console)
+    _serve(runs, engine, domains, batches, options.passes, model.settings.input, console)
 
     config = {
         "config": str(options.config),
@@ -116,18 +123,22 @@ def evaluate(options: EvaluateOptions, console: Console) -> Results:
         "seed": options.seed,
         "domains": [domain.name for domain in domains],
         "limit": options.limit,
+        "passes": options.passes,
         "severity": options.severity,
         "model": name,
         "digest": model.digest,
         "torch": torch.__version__,
     }
     results = Results({run.name: run.result() for run in runs}, config)
-    console.print(results_table(results, images=sum(len(domain.labels) for domain in domains)))
+    console.print(results_table(results, images=options.passes * sum(len(domain.labels) for domain in domains)))
     for run in runs:
         if run.unkept:
-            console.print(Text(f"{run.name}: {run.unkept} of {len(batches)} steps could not be kept", "yellow"))
+            steps = options.passes * len(batches)
+            console.print(Text(f"{run.name}: {run.unkept} of {steps} steps could not be kept", "yellow"))
     (options.out / "results.json").write_text(json.dumps(asdict(results), indent=2) + "\n", encoding="utf-8")
     save_plot(results, options.out / "errors.png")
+    if options.passes > 1:
+        save_passes(results, options.out / "passes.png")
     for run in runs:
         if run.logits:
             np.savez_compressed(options.out / f"logits_{run.name}.npz", **run.logits)  # type: ignore[arg-type]  # numpy types the keywords as flags
@@ -145,6 +156,10 @@ def results_table(results: Results, images: int) -> Table:
     for domain in results.config["domains"]:
         table.add_row(domain, *(f"{one.per_domain[domain]:.2f}" for one in columns))
     table.add_section()
+    if results.config["passes"] > 1:
+        for index in range(results.config["passes"]):
+            table.add_row(f"pass {index + 1}", *(f"{one.per_pass[index]:.2f}" for one in columns))
+        table.add_section()
     table.add_row("mean", *(f"{one.mean_error:.2f}" for one in columns), style="bold")
     table.add_row("seconds per 1,000 images", *(f"{1000 * one.seconds / images:.3f}" for one in columns))
     base = results.policies.get(BASELINE)
@@ -178,24 +193,42 @@ def save_plot(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def save_passes(results: Results, path: Path) -> None:
+    """A picture of the mean error by pass over all domains, one line per policy."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 4.8), layout="constrained")
+    axes = figure.subplots()
+    passes = range(1, results.config["passes"] + 1)
+    for index, (name, result) in enumerate(results.policies.items()):
+        axes.plot(passes, result.per_pass, marker=MARKERS[index % len(MARKERS)], linewidth=1, label=name)
+    axes.set_xlabel("pass over all domains, without a reset")
+    axes.set_ylabel("mean error, percent")
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"{results.config['model']}, order {results.config['order']}, batch {results.config['batch_size']}")
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=150)
+
+
 class _Run:
     """One policy's stream and its score so far."""
 
     def __init__(
-        self, model: SourceModel, name: str, policy: Policy, seed: int, domains: list[Domain], keep_logits: bool
+        self, model: SourceModel, name: str, policy: Policy, options: EvaluateOptions, domains: list[Domain]
     ) -> None:
         self.name, self._model, self._policy, self._domains = name, model, policy, domains
         self._lane = Lane(model.name, policy)
-        self._random_key = rng.stream_key("evaluate", seed)
+        self._random_key = rng.stream_key("evaluate", options.seed)
         self._stream = self._new_stream()
         self._seconds = 0.0
-        self._wrong: NDArray[np.int64] = np.zeros(len(domains), np.int64)
+        self._wrong: NDArray[np.int64] = np.zeros((options.passes, len(domains)), np.int64)
         self.unkept = 0
         """Steps whose outcome the engine refused: not finite, or failed."""
         self.logits = {
             one.name: np.empty((len(one.labels), model.source.num_classes), np.float32)
             for one in domains
-            if keep_logits
+            if options.save_logits
         }
         """By domain, ``[rows, classes]`` in row order of its file; empty unless wanted."""
 
@@ -209,15 +242,15 @@ class _Run:
         self._request(engine, stream, x)
         engine.drop(stream)
 
-    def serve(self, engine: Engine, batch: Rows, x: Tensor, labels: Labels) -> None:
-        """One request: the rows ``batch [B, 2]`` with inputs ``x [B, ...]`` and ``labels [B]``."""
+    def serve(self, engine: Engine, turn: int, batch: Rows, x: Tensor, labels: Labels) -> None:
+        """One request of the pass ``turn``: the rows ``batch [B, 2]`` with inputs ``x [B, ...]`` and ``labels [B]``."""
         started = time.perf_counter()
         answer, kept = self._request(engine, self._stream, x)
         self._seconds += time.perf_counter() - started
         self.unkept += not kept
         logits = answer.logits.numpy()
         missed = logits.argmax(1) != labels
-        self._wrong += np.bincount(batch[missed, 0], minlength=len(self._wrong))
+        self._wrong[turn] += np.bincount(batch[missed, 0], minlength=len(self._domains))
         if self.logits:
             for index in np.unique(batch[:, 0]):
                 here = batch[:, 0] == index
@@ -225,11 +258,15 @@ class _Run:
 
     def result(self) -> PolicyResult:
         """The errors over all rows served so far, which should be all rows there are."""
-        errors = {
-            domain.name: 100.0 * int(wrong) / len(domain.labels)
-            for domain, wrong in zip(self._domains, self._wrong, strict=True)
-        }
-        return PolicyResult(sum(errors.values()) / len(errors), errors, self._seconds, settings_of(self._policy))
+        errors = 100.0 * self._wrong / [len(domain.labels) for domain in self._domains]
+        names = (domain.name for domain in self._domains)
+        return PolicyResult(
+            mean_error=float(errors.mean()),
+            per_domain=dict(zip(names, errors.mean(0).tolist(), strict=True)),
+            per_pass=errors.mean(1).tolist(),
+            seconds=self._seconds,
+            settings=settings_of(self._policy),
+        )
 
     def _new_stream(self) -> Stream:
         return Stream(self.name, self._model.name, self._policy, self._random_key, created=time.time())
@@ -246,20 +283,42 @@ class _Run:
 
 
 def _serve(
-    runs: list[_Run], engine: Engine, domains: list[Domain], batches: list[Rows], spec: InputSettings, console: Console
+    runs: list[_Run],
+    engine: Engine,
+    domains: list[Domain],
+    batches: list[Rows],
+    passes: int,
+    spec: InputSettings,
+    console: Console,
 ) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=len(batches) * len(runs))
-        for batch in batches:
+        task = progress.add_task("", total=passes * len(batches) * len(runs))
+        for turn, batch in ((turn, batch) for turn in range(passes) for batch in batches):
             images, labels = gather(domains, batch)
             x = to_inputs(images, spec)
             names = {domains[index].name for index in np.unique(batch[:, 0])}
             where = names.pop() if len(names) == 1 else "mixed"
             for run in runs:
                 progress.update(task, description=f"{where}, {run.name}")
-                run.serve(engine, batch, x, labels)
+                run.serve(engine, turn, batch, x, labels)
                 progress.advance(task)
+
+
+def _overrides(policy: str, options: EvaluateOptions) -> dict[str, Any]:
+    """The settings that ``options.overrides`` has for a policy. Raises ``ConfigError`` for one that cannot be read."""
+    found = {}
+    for override in options.overrides:
+        place, equals, value = override.partition("=")
+        owner, dot, setting = place.rpartition(".")
+        if not equals or not setting or (dot and owner not in options.policies):
+            raise ConfigError(
+                f"a setting is given as policy.setting=value or setting=value, with one of the policies evaluated; "
+                f"got {override!r}"
+            )
+        if not dot or owner == policy:
+            found[setting] = parse_value(value)
+    return found
 
 
 def _check_plain(options: EvaluateOptions) -> None:
@@ -270,21 +329,14 @@ def _check_plain(options: EvaluateOptions) -> None:
         raise ConfigError(f"the policy {repeated[0]!r} is named twice")
     if options.batch_size < 1:
         raise ConfigError(f"the batch size must be at least 1, got {options.batch_size}")
+    if options.passes < 1:
+        raise ConfigError(f"the number of passes must be at least 1, got {options.passes}")
     if options.seed < 0:
         raise ConfigError(f"the seed must not be negative, got {options.seed}")
     try:
         import matplotlib.figure  # noqa: F401  asked for here, before minutes are spent on what it is to draw
     except ImportError as error:
         raise ConfigError("evaluate draws with matplotlib: pip install 'tta-server[plot]'") from error
-
-
-def _choose_model(settings: Settings, wanted: str | None) -> str:
-    names = list(settings.models)
-    if wanted is None and len(names) > 1:
-        raise ConfigError(f"the config has several models, choose one with --model: {', '.join(names)}")
-    if wanted is not None and wanted not in names:
-        raise UnknownName(f"no model {wanted!r} in the config; there are: {', '.join(names)}")
-    return wanted or names[0]
 
 
 def _make_folder(path: Path) -> None:

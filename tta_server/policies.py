@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 import adapters
 from adapters import Policy
 from tta_server.errors import BadInput, ConfigError, UnknownName
-from tta_server.settings import explain
+from tta_server.settings import ModelSettings, explain
 
 PLUGINS = "tta_server.policies"
 """Entry point group: each entry is a module that registers its policies when imported."""
@@ -52,6 +52,12 @@ def make_policy(name: str, settings: Mapping[str, Any]) -> Policy:
         raise BadInput(f"the settings of policy {name!r} do not fit:\n{explain(error)}") from error
 
 
+def starting_settings(name: str, model: ModelSettings) -> dict[str, Any]:
+    """The settings a policy starts from on a model: its published ones of the model's preset, then the model's own."""
+    published = _policy_type(name).presets.get(model.preset, {}) if model.preset else {}
+    return {**published, **model.policies.get(name, {})}
+
+
 def describe(name: str) -> dict[str, Any]:
     """What a user needs to choose and set a policy: name, summary, scope, needs and the JSON schema of its settings."""
     kind = _policy_type(name)
@@ -62,6 +68,7 @@ def describe(name: str) -> dict[str, Any]:
         "summary": (kind.__doc__ or "").strip().split("\n")[0],
         "scope": str(defaults.scope),
         "needs": sorted(defaults.needs),
+        "presets": kind.presets,
         "settings": {key: value for key, value in schema.items() if key not in ("title", "description")},
     }
 

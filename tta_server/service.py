@@ -25,7 +25,7 @@ from tta_server.engine.report import STEP_FAILS
 from tta_server.engine.source import SourceModel
 from tta_server.errors import BadInput, Conflict, QueueFull, UnknownName
 from tta_server.metrics import Levels
-from tta_server.policies import make_policy, settings_of
+from tta_server.policies import make_policy, settings_of, starting_settings
 from tta_server.runner import Runner
 from tta_server.settings import NAME, Settings
 from tta_server.types import Answer, Lane, Stream
@@ -258,7 +258,7 @@ class Service:
 
     @staticmethod
     def _make_policy(source: SourceModel, name: str, settings: Mapping[str, Any] | None) -> Policy:
-        return make_policy(name, {**source.settings.policies.get(name, {}), **(settings or {})})
+        return make_policy(name, {**starting_settings(name, source.settings), **(settings or {})})
 
     def _check_runs(self, source: SourceModel, policy: Policy) -> None:
         """Raises ``Conflict`` when the policy cannot run on the model.

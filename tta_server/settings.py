@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from tta_server.errors import ConfigError
+from tta_server.errors import ConfigError, UnknownName
 
 NAME = r"[A-Za-z0-9._:-]{1,128}"
 """Pattern of the names that go into URLs: stream ids and models."""
@@ -72,10 +72,16 @@ class ModelSettings(_Settings):
     """Class names in the order of the scores; empty: the class numbers."""
     head: str | None = None
     """Name of the classifier layer, whose input is the feature; found by itself when it is the last Linear."""
+    artefacts: str | None = None
+    """The file of what ``tta-server prepare`` computes from source data; a path from the config file's folder. By
+    default it is beside the weights, and named after them: ``<weights>.artefacts.safetensors``."""
     policy: str = "tent"
     """The policy of streams that ask for none."""
+    preset: Literal["cifar", "imagenet"] | None = None
+    """Whose published settings all policies start from: those for CIFAR (small images) or for ImageNet. Without one, the
+    policies' own defaults, which are CIFAR's."""
     policies: dict[str, dict[str, Any]] = {}
-    """Settings by policy that differ from the policy's own defaults for this model."""
+    """Settings by policy that differ for this model, from the policy's own defaults and from the preset."""
 
 
 class LimitSettings(_Settings):
@@ -151,6 +157,13 @@ class Settings(_Settings):
                 return candidate
         raise ConfigError(f"no file {path!r}: looked for " + " and ".join(str(one.absolute()) for one in candidates))
 
+    def artefacts_path(self, model: str) -> Path:
+        """Where the artefacts of a model are, or go."""
+        spec = self.models[model]
+        if spec.artefacts is not None:
+            return self.folder / spec.artefacts
+        return self.find(spec.weights).with_suffix(".artefacts.safetensors")
+
 
 class _Loader(yaml.SafeLoader):
     """Reads ``1e-3`` as a number, as YAML 1.2 and JSON do; to PyYAML, which follows 1.1, it is a string."""
@@ -173,6 +186,24 @@ def load_settings(path: Path) -> Settings:
         return Settings.model_validate({**_substitute(raw, path), "folder": path.parent})
     except ValidationError as error:
         raise ConfigError(f"the config file {path} does not fit:\n{explain(error)}") from error
+
+
+def parse_value(text: str) -> Any:
+    """A setting's value from a command line, read as in the config file. Raises ``ConfigError``."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read the value {text!r}: {error}") from error
+
+
+def choose_model(settings: Settings, wanted: str | None) -> str:
+    """The model a command is for: the one named, or the only one. Raises ``ConfigError`` or ``UnknownName``."""
+    names = list(settings.models)
+    if wanted is None and len(names) > 1:
+        raise ConfigError(f"the config has several models, choose one with --model: {', '.join(names)}")
+    if wanted is not None and wanted not in names:
+        raise UnknownName(f"no model {wanted!r} in the config; there are: {', '.join(names)}")
+    return wanted or names[0]
 
 
 def explain(error: ValidationError) -> str:

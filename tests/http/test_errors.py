@@ -240,7 +240,7 @@ async def test_the_known_query_parameters_are_the_documented_ones(server: Server
         ("PUT", "/v1/streams/new", {"model": "huge"}, 404, "no model 'huge'"),
         ("PUT", "/v1/streams/new", {"settings": {"rate": 1}}, 400, "rate"),
         ("PUT", "/v1/streams/new", {"settings": {"lr": "fast"}}, 400, "lr"),
-        ("PUT", "/v1/streams/new", {"settings": {"lr": -1}}, 400, "must not be negative"),
+        ("PUT", "/v1/streams/new", {"settings": {"lr": -1}}, 400, "lr must lie in [0, inf), got -1"),
         ("PUT", "/v1/streams/new", {"policy": 5}, 400, "policy"),
         ("PUT", "/v1/streams/new", {"adapt": "on"}, 400, "adapt"),
         ("PUT", "/v1/streams/new", {"adapt": 1}, 400, "adapt"),

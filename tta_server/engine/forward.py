@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adapters.base import Output, Segments, Tensors
-from tta_server.engine.norm import KINDS, Conduit, Pass, replace_norms
+from tta_server.engine.norm import KINDS, Conduit, Pass, StreamBatchNorm, replace_norms
 from tta_server.engine.stable import stabilise
 from tta_server.errors import ConfigError
 from tta_server.settings import InputSettings, type_and_line
@@ -98,6 +98,24 @@ class StreamwiseNetwork:
         if features is None:
             raise ConfigError("the classifier head did not run in the forward pass; name the right layer as 'head'")
         return Output(logits, features, now.statistics)
+
+    def batch_norm_inputs(self, x: Tensor) -> Tensors:
+        """What enters each batch-norm layer, ``[N, channels, ...]`` by the layer's name, when the source runs ``x``."""
+        seen: Tensors = {}
+
+        def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            assert isinstance(layer, StreamBatchNorm)
+            seen[layer.name] = inputs[0].detach()
+
+        layers = [one for one in self._network.modules() if isinstance(one, StreamBatchNorm)]
+        hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+        try:
+            with torch.no_grad():
+                self.run(Pass(Segments([len(x)], self.device)), x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
 
     def _catch_features(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._features = inputs[0]

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from adapters import Policy
-from adapters.base import State, Tensors
+from adapters import Policy, gradient
+from adapters.base import Scope, Segments, State, Tensors
 from tta_server.engine.engine import initial_state
 from tta_server.engine.forward import plain_rows
+from tta_server.engine.norm import Pass
 from tta_server.engine.run import PolicyRun
 from tta_server.engine.source import SourceModel
 from tta_server.errors import BadInput, ConfigError
-from tta_server.policies import make_policy
+from tta_server.policies import make_policy, starting_settings
 from tta_server.settings import type_and_line
 from tta_server.state.slots import Layout
 from tta_server.types import Job, Lane, Stream
@@ -29,7 +30,7 @@ def policy_report(name: str, model: SourceModel) -> dict[str, Any]:
     Runs a step of it, so this is for before the device thread starts.
     """
     try:
-        policy = make_policy(name, model.settings.policies.get(name, {}))
+        policy = make_policy(name, starting_settings(name, model.settings))
         state = initial_state(policy, model)
         layout = Layout(state)
         _try_step(policy, model, layout, state)
@@ -57,6 +58,13 @@ def _try_step(policy: Policy, model: SourceModel, layout: Layout, initial: State
     lane, rows = Lane(model.name, policy), plain_rows(model.network, model.settings.input, 4).split(2)
     streams = [Stream(f"trial {key}", model.name, policy, random_key=key, created=0.0) for key in range(2)]
     jobs = [Job(stream, lambda *_: None, lane, x) for stream, x in zip(streams, rows, strict=True)]
+    if policy.scope is not Scope.NONE and policy.differentiates:
+        # A step on these rows may choose none of them and then takes no gradient.
+        weights = gradient.leaves(model.source.stacked(model.source.affine))
+        if not model.network.run(
+            Pass(Segments([4], model.network.device), weights), torch.cat(rows)
+        ).logits.requires_grad:
+            raise RuntimeError("the model's forward pass lets no gradient through to its norm layers")
     run = PolicyRun(model, lane, jobs, State(_twice(initial.weights), _twice(initial.memory)))
     logits = run.scores()
     if logits.shape != (4, model.source.num_classes):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.base import Source
+from tta_server.engine.artefacts import load_artefacts
 from tta_server.engine.forward import StreamwiseNetwork, probe
 from tta_server.engine.norm import REPLACED
 from tta_server.errors import ConfigError
@@ -44,6 +45,8 @@ class SourceModel:
     """Layers named like norm layers but of a type that streams cannot adapt yet; they stay as trained."""
     row_gap: float
     """Largest difference between rows' scores in a batch and alone, as measured here: 0, or rounding."""
+    prepared: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By group of its artefacts, how these were made."""
     reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By policy, how it does on this model under its preset, see ``report.py``. Filled in once all is loaded."""
 
@@ -74,6 +77,7 @@ def load_model(name: str, settings: Settings, device: torch.device) -> SourceMod
             raise ConfigError(
                 f"the config names {len(spec.classes)} classes, but the model has {probed.classes} scores"
             )
+        artefacts = load_artefacts(settings.artefacts_path(name), digest, device)
     except ConfigError as error:
         raise ConfigError(f"model {name!r}: {error}") from error
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
@@ -90,6 +94,7 @@ def load_model(name: str, settings: Settings, device: torch.device) -> SourceMod
             head=head,
             input_shape=spec.input.shape,
             input_range=spec.input.range,
+            artefacts=artefacts.tensors,
         ),
         network=streamwise,
         classes=spec.classes or tuple(str(index) for index in range(probed.classes)),
@@ -99,6 +104,7 @@ def load_model(name: str, settings: Settings, device: torch.device) -> SourceMod
         norm_layers=norm_layers,
         left_alone=left_alone,
         row_gap=probed.row_gap,
+        prepared=artefacts.made,
     )
 
 

@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor, nn
+
+from tests.adapters.oracles.around import ResetOracle, WindowOracle
 from tests.adapters.oracles.base import Oracle
 
-__all__ = ["ORACLES", "VARIANTS", "Oracle"]
+__all__ = ["ORACLES", "VARIANTS", "Oracle", "make_oracle"]
 
 ORACLES: dict[str, type[Oracle]] = {}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {}
@@ -26,3 +30,15 @@ for _module in pkgutil.iter_modules(__path__):
     _loaded = importlib.import_module(f"{__name__}.{_module.name}")
     ORACLES |= getattr(_loaded, "ORACLES", {})
     VARIANTS |= getattr(_loaded, "VARIANTS", {})
+
+
+def make_oracle(name: str, original: nn.Module, settings: Any, artefacts: Mapping[str, Tensor]) -> Oracle:
+    """The oracle of a policy with these settings, in a window and with a periodic reset where they say so."""
+
+    def plain() -> Oracle:
+        return ORACLES[name](original, settings, artefacts)
+
+    def windowed() -> Oracle:
+        return WindowOracle(plain, original, settings, artefacts) if settings.window else plain()
+
+    return ResetOracle(windowed, original, settings, artefacts) if settings.reset_after else windowed()

@@ -101,11 +101,10 @@ class EataOracle(EntropyOracle):
     def __init__(self, original: nn.Module, settings: Any, artefacts: Mapping[str, Tensor]) -> None:
         super().__init__(original, settings, artefacts)
         self.mean: Tensor | None = None
-        self.classes = 0
+        self.classes = [one for one in original.modules() if isinstance(one, nn.Linear)][-1].out_features
 
     def step(self, x: Tensor, random: Random) -> Tensor:
         logits: Tensor = self.network(x)
-        self.classes = logits.shape[1]
         limit = self.settings.entropy_margin * math.log(self.classes)
         chosen = []
         believed = self.believed(x, logits) if self.settings.ostta is not None else None
@@ -146,10 +145,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "momentum": {"optimiser": "sgd", "lr": 0.1, "momentum": 0.9},
         "sgd": {"optimiser": "sgd", "lr": 0.2, "momentum": 0.0},
         "ostta": {"optimiser": "sgd", "lr": 0.1, "nesterov": True, "ostta": 0.5},
+        "window": {"optimiser": "sgd", "lr": 0.1, "window": 4},
+        "reset": {"optimiser": "adam", "lr": 0.02, "reset_after": 9},
     },
     "eta": {
         "sgd": {"optimiser": "sgd", "lr": 0.1, "entropy_margin": 0.8, "cosine_margin": 0.9},
         "ostta": {"optimiser": "adam", "lr": 0.02, "entropy_margin": 0.9, "cosine_margin": 0.9, "ostta": 0.0},
+        "window": {"lr": 0.02, "entropy_margin": 0.9, "window": 3, "window_images": "none", "reset_after": 20},
     },
     "eata": {
         "adam": {"optimiser": "adam", "lr": 0.02, "entropy_margin": 0.8, "cosine_margin": 0.9},
