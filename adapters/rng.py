@@ -90,21 +90,23 @@ class Random:
         self._draws += 1
         mantissa = _BITS.get(self._dtype, 32)
         drawn = torch.stack(words, -1).flatten(1)[:, :size] >> (32 - mantissa)
-        return (drawn.to(self._dtype) * 2.0**-mantissa).view(-1, *shape)
+        return (drawn.to(self._dtype) * 2.0**-mantissa).view(len(self._keys), *shape)
 
     def uniform_rows(self, segments: Segments, shape: tuple[int, ...]) -> Tensor:
         """``[N, *shape]`` from [0, 1) for the rows of ``segments``, which are of the same streams."""
-        return self._fill(segments.sizes, shape, torch.rand)
+        return self._fill(segments.sizes, shape, torch.rand, self._dtype)
 
     def normal_rows(self, segments: Segments, shape: tuple[int, ...]) -> Tensor:
         """``[N, *shape]``, standard normal, for the rows of ``segments``, which are of the same streams."""
-        return self._fill(segments.sizes, shape, torch.randn)
+        return self._fill(segments.sizes, shape, torch.randn, self._dtype)
 
     def coins(self, probability: float, shape: tuple[int, ...]) -> Tensor:
         """``[S, *shape]`` of bool, each true with this probability. For many."""
-        return self._fill([1] * len(self._keys), shape, torch.rand) < probability
+        return self._fill([1] * len(self._keys), shape, torch.rand, torch.float32) < probability
 
-    def _fill(self, sizes: list[int], shape: tuple[int, ...], draw: Callable[..., Tensor]) -> Tensor:
+    def _fill(
+        self, sizes: list[int], shape: tuple[int, ...], draw: Callable[..., Tensor], dtype: torch.dtype
+    ) -> Tensor:
         high, low, _, _ = self._philox(torch.full_like(self._keys, _BULK), self._draws)
         self._draws += 1
         seeds = _key(high, low).squeeze(1).tolist()
@@ -114,7 +116,7 @@ class Random:
                 draw(
                     (size, *shape),
                     generator=generator.manual_seed(seed),
-                    dtype=self._dtype,
+                    dtype=dtype,
                     device=self._keys.device,
                 )
                 for seed, size in zip(seeds, sizes, strict=True)

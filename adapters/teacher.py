@@ -109,8 +109,8 @@ class AnchoredTeacher(TeacherPolicy):
 
     ``threshold``: the teacher's answer is averaged over augmentations when the source's mean confidence in a request is
     lower; 0.92 is for CIFAR-10, 0.72 for CIFAR-100, 0.1 for ImageNet. 0: never, above 1: always, and neither asks the
-    source. ``augmentations``: how many, each a forward pass; the authors' 32 make an unsure request about 12 times as
-    slow as a sure one, and 1 is reported to do nearly as well.
+    source. ``augmentations``: how many, each a forward pass; with the authors' 32 an unsure request waits about 16
+    times as long for its answer as a sure one, and 1 is reported to do nearly as well.
 
     ``loss``: ``paper``, the cross entropy of the student to the teacher, or ``symmetric``, both directions, as in the
     authors' ImageNet code. ``restore``: the share of the student's weights that is put back to the source's after a

@@ -22,7 +22,6 @@ from rich.console import Console
 from torch import nn
 
 from adapters.tent import Tent
-
 from tta_server.data import load_domains
 from tta_server.errors import ConfigError, StepFailed, TtaError, UnknownName
 from tta_server.evaluate import EvaluateOptions, PolicyResult, Results, evaluate, results_table

@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from tta_server import prepare as module
+from adapters.rmt import warm_up
 from tta_server.cli import main
 from tta_server.data import load_source_images
 from tta_server.demo.network import digits_network
@@ -273,11 +273,10 @@ def test_a_stopped_warm_up_goes_on_where_it_was(folder: Path, monkeypatch: pytes
         if taken[0] == 9:
             raise KeyboardInterrupt
         taken[0] += 1
-        return original(*arguments)
+        return warm_up(*arguments)
 
-    original = module.warm_up
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "warm_up", counted)
+    monkeypatch.setattr("tta_server.prepare.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("tta_server.prepare.warm_up", counted)
     with pytest.raises(KeyboardInterrupt):
         run(options)
     unfinished = folder / "made.safetensors.unfinished"
@@ -300,11 +299,10 @@ def test_a_stopped_warm_up_of_another_kind_starts_over(folder: Path, monkeypatch
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(arguments[-1])
-        return original(*arguments)
+        return warm_up(*arguments)
 
-    original = module.warm_up
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(module, "warm_up", counted)
+    monkeypatch.setattr("tta_server.prepare.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("tta_server.prepare.warm_up", counted)
     with pytest.raises(KeyboardInterrupt):
         run(options)
     calls.clear()

@@ -78,8 +78,8 @@ class ModelSettings(_Settings):
     policy: str = "tent"
     """The policy of streams that ask for none."""
     preset: Literal["cifar", "imagenet"] | None = None
-    """Whose published settings all policies start from: those for CIFAR (small images) or for ImageNet. Without one, the
-    policies' own defaults, which are CIFAR's."""
+    """Whose published settings all policies start from: those for CIFAR (small images) or for ImageNet. Without one,
+    the policies' own defaults, which are CIFAR's."""
     policies: dict[str, dict[str, Any]] = {}
     """Settings by policy that differ for this model, from the policy's own defaults and from the preset."""
 

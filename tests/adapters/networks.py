@@ -71,6 +71,8 @@ def build(kind: str, seed: int = 0) -> nn.Module:
             if isinstance(module, nn.Linear | nn.Conv2d):
                 fan_in = module.weight[0].numel()
                 module.weight.copy_(_normal(module.weight, generator) * (2 / fan_in) ** 0.5)
+                if module.bias is not None:
+                    module.bias.copy_(0.2 * _normal(module.bias, generator))
             elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
                 assert module.weight is not None
                 assert module.bias is not None
@@ -149,7 +151,7 @@ def _artefacts(source: Source) -> Tensors:
     likeness = torch.empty(CLASSES, source.feature_dim, dtype=source.dtype)
     made["prototypes/mean"] = _normal(likeness, generator)
     made["prototypes/mean"][-1] = 1 + 0.1 * _normal(likeness[-1], generator)
-    made["prototypes/counts"] = torch.tensor([3.0, 1.0, 7.0, 2.0, 0.0], dtype=torch.float64)
+    made["prototypes/counts"] = torch.tensor([3, 1, 7, 2, 0])
     if source.input_range is not None:
         made["replay/images"] = torch.randint(0, 256, (6, *source.input_shape), generator=generator, dtype=torch.uint8)
         made["replay/labels"] = torch.randint(0, CLASSES, (6,), generator=generator)

@@ -105,10 +105,12 @@ def test_degenerate_inputs_leave_no_nan(case: Case, inputs: str) -> None:
 @every_case
 def test_saturated_scores_leave_no_nan(case: Case) -> None:
     """[6.1.6] Scores so large that the softmax is one-hot to the last bit."""
-    server = Server(case.policy, changed_head(case.subject.kind, 1e5))
+    network = changed_head(case.subject.kind, 1e5)
+    server = Server(case.policy, network)
     for step in range(3):
-        logits = server.logits({"a": case.subject.rows(step, 4)})["a"]
-        assert logits.abs().max() > 1e4
+        x = case.subject.rows(step, 4)
+        assert plain(network, x).abs().max() > 1e4
+        assert server.logits({"a": x})["a"].isfinite().all()
         assert server.stats["a"].result in ("applied", "none")
         for key, value in flat(server.state("a")).items():
             assert value.isfinite().all(), key
@@ -116,7 +118,12 @@ def test_saturated_scores_leave_no_nan(case: Case) -> None:
 
 @every_case
 def test_rows_of_a_request_may_come_in_any_order(case: Case) -> None:
-    """[6.1.8] Permuting the samples of a request permutes the answers and leaves the new state as it would be."""
+    """[6.1.8] Permuting the samples of a request permutes the answers and leaves the new state as it would be.
+
+    Not where rows are kept in order, or where something is drawn for each row.
+    """
+    if case.policy.window or case.policy.name in ("rotta", "deyo", "cotta", "petal", "rmt"):
+        pytest.skip("depends on the order by design")
     x, order = case.subject.rows(1, 6), torch.tensor([4, 2, 5, 0, 1, 3])
     state = case.warm(0, (6,))[0]
     straight, shuffled = one(case.policy, case.subject, x, state), one(case.policy, case.subject, x[order], state)

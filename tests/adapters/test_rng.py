@@ -178,6 +178,16 @@ def test_a_name_gives_the_same_draws_at_every_call() -> None:
     assert torch.equal(used.uniform((3,)), plain.uniform((3,))), "a name moves nothing on in the object it came from"
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "bits"), [("n117011", "n122556", 0xFFFFFFFF), ("n14620", "n16340", ~0xFFFFFFFF)]
+)
+def test_every_half_of_a_name_counts(one: str, other: str, bits: int) -> None:
+    """Names whose digests agree in one of their two words have draws of their own."""
+    assert stream_key(one) & bits == stream_key(other) & bits
+    random = draws_of(["a"])
+    assert not torch.equal(random.named(one).uniform((4,)), random.named(other).uniform((4,)))
+
+
 def test_named_draws_keep_type_and_shape() -> None:
     draws = draws_of(["a", "b", "c"], dtype=torch.float32).named("x").uniform((2, 5))
     assert draws.dtype == torch.float32
@@ -322,7 +332,7 @@ def test_moments_of_rows(dtype: torch.dtype) -> None:
 def test_coins_fall_with_their_probability(probability: float) -> None:
     """Within five standard errors, per stream; never at 0 and always at 1."""
     n = 90_000
-    for dtype in (torch.float64, torch.float32):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         coins = draws_of(["a", "b"], dtype=dtype).coins(probability, (n // 30, 30))
         assert coins.dtype == torch.bool
         assert coins.shape == (2, n // 30, 30)
