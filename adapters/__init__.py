@@ -5,21 +5,7 @@ Importing the package registers every policy in it; ``policies()`` is the table.
 
 from __future__ import annotations
 
-from adapters import (
-    cotta,
-    deyo,
-    eata,
-    lame,
-    norm,
-    petal,
-    rmt,
-    roid,
-    rotta,
-    sar,
-    source,
-    t3a,
-    tent,
-)  # isort: skip  the order of the table
+from adapters import cotta, deyo, eata, lame, norm, petal, rmt, roid, rotta, sar, source, t3a, tent
 from adapters.base import Policy, policies, register
 
 __all__ = [

@@ -2,11 +2,11 @@
 
 The server calls :func:`init` and :func:`step` here; with neither setting they are the policy's own.
 
-*Window.* A policy that normalises by the batch needs one, and a client that sends an image at a time has none. With a
+*Window.* A policy that normalises by the batch needs one; a client that sends an image at a time has none. With a
 window of ``W`` rows, a request is answered by moving statistics: every batch norm keeps an average over the stream's
-rows, of about ``W / 2`` of them (``Norm.per_row``), which starts at the source. The rows are kept, and each time ``W``
-new ones have come the policy takes its own step on these, normalised by their own batch statistics. Models without
-batch norm answer by the policy's weights as they stand.
+rows, each new one weighing ``1 / W`` (``Norm.per_row``), which starts at the source. The rows are kept, and each time
+``W`` new ones have come the policy takes its own step on these, normalised by their own batch statistics. Models
+without batch norm answer by the policy's weights as they stand.
 
 *Reset.* After ``reset_after`` rows everything a stream has learned is dropped and it starts from the source again
 (RDumb, Press et al., NeurIPS 2023, arXiv 2306.05401; theirs is 1,000 batches of 64). It is looked at before a request,
@@ -35,7 +35,7 @@ def init(policy: Policy, source: Source) -> State:
     if policy.window:
         if policy.norm != BATCH_NORM:
             raise ValueError(
-                f"{policy.name} takes no window: it does not normalise by the batch, so requests of any size are sound"
+                f"{policy.name} takes no window: it does not normalise by the batch, so small requests do it no harm"
             )
         for network in range(policy.networks):
             memory |= {_statistic(network, key): value for key, value in source.stacked(source.statistics).items()}
@@ -81,7 +81,7 @@ def _windowed(policy: Policy, source: Source, state: State, batch: Batch) -> Gen
 
 def _answer(policy: Policy, source: Source, inner: State, kept: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
     """The logits by moving statistics, and these statistics, moved on."""
-    norm = Norm(min(1.0, 2 / policy.window), running=True, per_row=True)
+    norm = Norm(1 / policy.window, running=True, per_row=True)
     moved: Tensors = {}
     networks = iter(range(policy.networks))
 

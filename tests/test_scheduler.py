@@ -63,6 +63,18 @@ def test_nothing_to_do() -> None:
     assert len(scheduler) == 0
 
 
+def test_streams_with_networks_of_their_own_run_one_by_one() -> None:
+    """Merging would not save them anything, and hold all their networks in memory at once."""
+    lane, scheduler = Lane("digits", make_policy("cotta", {})), Scheduler(Bounds())
+    first, second = request(A, lane=lane), request(B, lane=lane)
+    submit(scheduler, first, second)
+    assert jobs_of(scheduler.next_batch(0.0)) == [first]
+    assert jobs_of(scheduler.next_batch(0.0)) == [second]
+    affine, scheduler = Lane("digits", make_policy("cotta", {"scope": "norm"})), Scheduler(Bounds())
+    submit(scheduler, request(A, lane=affine), request(B, lane=affine))
+    assert len(jobs_of(scheduler.next_batch(0.0))) == 2
+
+
 def test_merges_one_job_of_each_ready_stream() -> None:
     """In the order they came; the second job of a stream waits until the first one's plan is complete."""
     scheduler = Scheduler(Bounds())

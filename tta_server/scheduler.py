@@ -4,7 +4,8 @@ No torch, no asyncio, no thread, no clock of its own: callers pass ``now`` (seco
 lock if they share it. Invariants, checked by ``tests/test_scheduler.py``:
 
 - a stream has at most one job in running plans, and its jobs run in the order they were submitted;
-- a plan holds jobs of one lane, each of another stream, at most ``max_rows`` rows together (one job may exceed it);
+- a plan holds jobs of one lane, each of another stream, at most ``max_rows`` rows together (one job may exceed it), and
+  one job of a lane whose streams do not merge;
 - among lanes the one whose oldest ready job came first goes first, so no lane starves;
 - what was cancelled or expired never runs; the expired are handed out once, by :meth:`expired`.
 """
@@ -118,7 +119,8 @@ class Scheduler:
 
     def _take(self, lane: Lane | None, now: float) -> list[Job]:
         heap, jobs, rows = self._ready[lane], list[Job](), 0
-        while heap and len(jobs) < (self.bounds.max_streams if lane else 1):
+        most = self.bounds.max_streams if lane is not None and lane.merges else 1
+        while heap and len(jobs) < most:
             job = heap[0][1]
             late = now > job.deadline
             if jobs and not late and rows + job.rows > self.bounds.max_rows:

@@ -119,6 +119,10 @@ class Service:
         """The moving averages of a stream's signals, see ``drift/monitor.py``."""
         return self._runner.engine.monitor.read(stream)
 
+    def state_bytes(self, stream: Stream) -> int | None:
+        """Size of the stream's state; ``None`` before its policy's first request on the model."""
+        return self._runner.engine.store.state_bytes(Lane(stream.model, stream.policy))
+
     def tier(self, stream: Stream) -> str:
         """Where the stream's state is now: ``device``, ``host`` or ``none``."""
         return self._runner.engine.store.tier(Lane(stream.model, stream.policy), stream)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from adapters import Policy
+from adapters.base import Scope
 
 _job_numbers = itertools.count(1)
 
@@ -24,6 +25,11 @@ class Lane(NamedTuple):
 
     model: str
     policy: Policy
+
+    @property
+    def merges(self) -> bool:
+        """Whether streams gain by sharing a step. With networks of their own they run one by one all the same."""
+        return self.policy.scope is not Scope.ALL
 
 
 @dataclass(eq=False, slots=True)

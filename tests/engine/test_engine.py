@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from adapters import Policy, policies
+from adapters.base import Scope
+from adapters.eata import Eata
+from adapters.rmt import Rmt
 from adapters.source import SourcePolicy
 from adapters.tent import Tent
 from tta_server.drift.monitor import Monitor
@@ -52,9 +55,23 @@ def make_stream(name: str, policy: Policy) -> Stream:
     return Stream(name, "digits", policy, 1, 0.0)
 
 
-@pytest.mark.parametrize("policy", [kind() for kind in policies().values()], ids=list(policies()))
-def test_interleaved_streams_are_served_as_if_alone(digits: SourceModel, policy: Policy) -> None:
+@pytest.fixture(scope="module")
+def prepared(prepared_digits: Path) -> SourceModel:
+    """The same with its artefacts."""
+    return load_model("digits", load_settings(prepared_digits), torch.device("cpu"))
+
+
+EVERY = {name: kind() for name, kind in policies().items()} | {
+    "tent-window": Tent(window=16),
+    "eata-window": Eata(window=16, reset_after=100),
+    "rmt-norm": Rmt(scope=Scope.NORM),
+}
+
+
+@pytest.mark.parametrize("policy", EVERY.values(), ids=EVERY)
+def test_interleaved_streams_are_served_as_if_alone(prepared: SourceModel, policy: Policy) -> None:
     """Law 1 in float32: 8 streams that the scheduler merges as it sees fit against each stream run alone."""
+    digits = prepared
     shuffle, lane = random.Random(0), Lane("digits", policy)
     generator = torch.Generator().manual_seed(0)
     requests = [

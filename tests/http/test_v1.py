@@ -77,6 +77,7 @@ async def test_a_stream_from_its_creation_to_its_end(server: Server) -> None:
     await server.predict("cam-1", rows(4))
     seen = await server.info("cam-1")
     assert (seen["version"], seen["requests"], seen["tier"]) == (1, 1, "device")
+    assert (created["state_bytes"], seen["state_bytes"]) == (None, 3 * 4 * 28 + 8), "weights, two moments, a counter"
     assert seen["last_seen"] >= seen["created"] == created["created"]
     assert {"loss", "entropy", "confidence", "bn_distance", "agreement"} <= seen["signals"].keys()
     assert seen["drift"] == seen["signals"]["bn_distance"] > 0

@@ -646,3 +646,16 @@ StoreMachine.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestStoreMachine: Any = StoreMachine.TestCase
+
+
+@pytest.mark.parametrize(("values", "rows"), [(10, 64), (2**20, 4), (2**22, 1), (2**23, 1)])
+def test_host_memory_grows_by_few_rows_of_large_states(values: int, rows: int) -> None:
+    """Chunks of at most 16 MB, or of one row: whole networks must not be reserved 64 at a time."""
+    layout = Layout(State({}, {"x": torch.zeros(1, values)}))
+    host = HostRows(layout)
+    places = [host.put({torch.float32: torch.full((values,), float(index))}) for index in range(3)]
+    assert len(set(places)) == 3
+    assert [float(host.read(place)[torch.float32][-1]) for place in places] == [0.0, 1.0, 2.0]
+    assert host._chunks[0][torch.float32].shape == (rows, values)
+    host.free(places[1])
+    assert host.put({torch.float32: torch.zeros(values)}) == places[1]

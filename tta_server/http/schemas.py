@@ -42,7 +42,8 @@ class PolicyInfo(BaseModel):
     name: str
     summary: str
     scope: str = Field(description="What it adapts.")
-    needs: list[str] = Field(description="Artefacts that the model must have for it.")
+    needs: list[str] = Field(description="Artefacts that the model must have for it, under its defaults.")
+    presets: dict[str, dict[str, Any]] = Field(description="Published settings by scale, where they differ.")
     settings: dict[str, Any] = Field(description="JSON schema of its settings, defaults included.")
 
 
@@ -103,6 +104,9 @@ class StreamInfo(BaseModel):
     created: float = Field(description="Unix time, seconds.")
     last_seen: float | None = Field(description="Unix time of the last prediction request, seconds.")
     tier: str = Field(description="Where the state is: device, host, or none while the stream has none of its own.")
+    state_bytes: int | None = Field(
+        description="Size of the state, kept images included; null before the first request under these settings."
+    )
     drift: float | None = Field(description="Drift score: distance of the stream's batch statistics to the source's.")
     signals: dict[str, float] = Field(description="Moving averages of the stream's signals.")
 
@@ -245,7 +249,9 @@ REQUESTS: tuple[type[BaseModel], ...] = (OpenStream, PatchStream, InferRequest)
 """Bodies that routes read by themselves, which the framework therefore does not put into the OpenAPI document."""
 
 
-def stream_info(stream: Stream, tier: str, signals: dict[str, float], drift: float | None) -> dict[str, Any]:
+def stream_info(
+    stream: Stream, tier: str, state_bytes: int | None, signals: dict[str, float], drift: float | None
+) -> dict[str, Any]:
     """:class:`StreamInfo` as a dict."""
     return {
         "id": stream.id,
@@ -258,6 +264,7 @@ def stream_info(stream: Stream, tier: str, signals: dict[str, float], drift: flo
         "created": stream.created,
         "last_seen": stream.last_seen or None,
         "tier": tier,
+        "state_bytes": state_bytes,
         "drift": drift,
         "signals": signals,
     }

@@ -54,7 +54,7 @@ def router(service: Service) -> APIRouter:
 
     def info(stream: Stream) -> dict[str, Any]:
         signals = service.signals(stream)
-        return stream_info(stream, service.tier(stream), signals, signals.get(DRIFT))
+        return stream_info(stream, service.tier(stream), service.state_bytes(stream), signals, signals.get(DRIFT))
 
     @routes.get("/policies", tags=["policies"], response_model=PolicyList)
     async def list_policies() -> Response:

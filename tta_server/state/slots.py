@@ -126,27 +126,31 @@ class HostRows:
     thousands of tensors of their own would cost half as much again in fragments of the heap."""
 
     CHUNK = 64
+    """Most rows in a chunk."""
+    CHUNK_BYTES = 2**24
+    """And most bytes, where a row is not larger: the state of a policy that adapts a whole network may be."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self._rows = max(1, min(self.CHUNK, self.CHUNK_BYTES // max(1, layout.bytes)))
         self._chunks: list[Packed] = []
         self._free: list[int] = []
 
     def put(self, packed: Packed) -> int:
         """Keeps a copy of rows ``[width]``; returns where."""
         if not self._free:
-            first = len(self._chunks) * self.CHUNK
+            first = len(self._chunks) * self._rows
             widths = self._layout.width.items()
-            self._chunks.append({dtype: torch.empty(self.CHUNK, width, dtype=dtype) for dtype, width in widths})
-            self._free = list(range(first + self.CHUNK - 1, first - 1, -1))
+            self._chunks.append({dtype: torch.empty(self._rows, width, dtype=dtype) for dtype, width in widths})
+            self._free = list(range(first + self._rows - 1, first - 1, -1))
         place = self._free.pop()
-        for dtype, rows in self._chunks[place // self.CHUNK].items():
-            rows[place % self.CHUNK] = packed[dtype]
+        for dtype, rows in self._chunks[place // self._rows].items():
+            rows[place % self._rows] = packed[dtype]
         return place
 
     def read(self, place: int) -> Packed:
         """Views of the rows at ``place``, good until it is freed."""
-        return {dtype: rows[place % self.CHUNK] for dtype, rows in self._chunks[place // self.CHUNK].items()}
+        return {dtype: rows[place % self._rows] for dtype, rows in self._chunks[place // self._rows].items()}
 
     def free(self, place: int) -> None:
         """Gives a place back."""

@@ -168,6 +168,11 @@ class StateStore:
             for tier, sizes in (("device", device), ("host", host))
         }
 
+    def state_bytes(self, lane: Lane) -> int | None:
+        """Bytes of one stream's state in this lane; ``None`` before the lane's first request."""
+        states = self._lanes.get(lane)
+        return None if states is None else states.layout.bytes
+
     def tier(self, lane: Lane, stream: Stream) -> str:
         """Where the stream's state is: ``device``, ``host``, or ``none`` while it has none of its own."""
         states = self._lanes.get(lane)

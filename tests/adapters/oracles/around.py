@@ -50,8 +50,8 @@ class WindowOracle(Oracle):
         return logits
 
     def normalise(self, path: str, x: Tensor) -> Tensor:
-        """Moments move by ``1 - (1 - 2/W)^n`` for ``n`` rows, the rows of a request counting alike."""
-        share = 1 - (1 - min(1.0, 2 / self.settings.window)) ** len(x)
+        """Moments move by ``1 - (1 - 1/W)^n`` for ``n`` rows, the rows of a request counting alike."""
+        share = 1 - (1 - 1 / self.settings.window) ** len(x)
         channels = x.transpose(0, 1).flatten(1)
         self.first[path] = (1 - share) * self.first[path] + share * channels.mean(1)
         self.second[path] = (1 - share) * self.second[path] + share * channels.square().mean(1)
