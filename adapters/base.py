@@ -272,7 +272,7 @@ class Policy(ABC):
     reset_after: int = 0
 
     def __post_init__(self) -> None:
-        counts = {"window": "[0, inf)", "reset_after": "[0, inf)"}
+        counts = {"window": "[0, 4096]", "reset_after": "[0, inf)"}
         for setting, interval in (counts | self.ranges).items():
             value = getattr(self, setting)
             if value is not None and not _lies_in(value, interval):

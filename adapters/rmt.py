@@ -50,7 +50,7 @@ class Rmt(TeacherPolicy):
     name = "rmt"
     ranges = TeacherPolicy.ranges | {
         "temperature": "(0, inf)",
-        "projection": "[1, inf)",
+        "projection": "[1, 1024]",
         "lambda_target": "[0, inf)",
         "lambda_contrast": "[0, inf)",
         "lambda_source": "[0, inf)",

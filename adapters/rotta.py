@@ -61,7 +61,7 @@ class Rotta(Policy):
     name = "rotta"
     scope = Scope.NORM
     ranges = {
-        "capacity": "[1, inf)",
+        "capacity": "[1, 4096]",
         "update_every": "[1, inf)",
         "lr": "[0, inf)",
         "alpha": "[0, 1]",

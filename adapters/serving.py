@@ -15,6 +15,7 @@ so that a request is answered whole by one state.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from adapters.base import BATCH_NORM, Batch, Norm, Output, Policy, Segments, Source, State, Step, Tensors
 from adapters.images import ImageStore
+
+log = logging.getLogger(__name__)
 
 _WINDOW, _SEEN = "window.", "reset.rows"
 _ROWS, _COUNT = f"{_WINDOW}x", f"{_WINDOW}rows"
@@ -124,7 +127,11 @@ def _adapt(
     policy: Policy, source: Source, state: State, batch: Batch, rows: dict[int, Tensor], name: str, signals: Tensors
 ) -> State:
     """The state after a step of the streams that ``rows`` has rows of. Their signals go to ``signals``; a stream that
-    took no step has NaN there."""
+    took no step has NaN there.
+
+    A stream whose step is not finite, or fails where it is alone, keeps the weights it had: what else the request
+    brought along is sound, and rows that cannot be learned from must not stay in the window for ever.
+    """
     if not rows:
         return state
     streams = list(rows)
@@ -134,10 +141,20 @@ def _adapt(
         {key: value.index_select(0, index) for key, value in state.weights.items()},
         {key: value.index_select(0, index) for key, value in state.memory.items()},
     )
-    done = run(policy, source, part, batch.among(streams, torch.cat(list(rows.values())), segments, name))
-    for key, value in done.signals.items():
-        before = signals.get(key, torch.full((batch.segments.streams,), torch.nan, dtype=value.dtype))
-        signals[key] = before.to(value.device).index_copy(0, index, value)
+    try:
+        done = run(policy, source, part, batch.among(streams, torch.cat(list(rows.values())), segments, name))
+    except Exception:  # of several streams, the server tries each again by itself
+        if batch.segments.streams > 1:
+            raise
+        log.exception("the step of a window failed; the stream goes on without it")
+        done = Step(part)
+        is_sound = torch.zeros(1, dtype=torch.bool, device=index.device)
+    else:
+        is_sound = _is_finite(done.state, len(streams), index.device)
+        done = Step(_where(is_sound, done.state, part), done.signals)
+    for key, value in {**done.signals, "window_rejected": (~is_sound).double()}.items():
+        before = signals.get(key, torch.full((batch.segments.streams,), torch.nan, dtype=torch.float64))
+        signals[key] = before.to(value.device).index_copy(0, index, value.double())
     return State(
         {key: state.weights[key].index_copy(0, index, value) for key, value in done.state.weights.items()},
         {key: state.memory[key].index_copy(0, index, value) for key, value in done.state.memory.items()},
@@ -157,6 +174,15 @@ def run(policy: Policy, source: Source, state: State, batch: Batch) -> Step:
     raise RuntimeError("the policy yielded a second time; a step yields its logits once")
 
 
+def _is_finite(state: State, streams: int, device: torch.device) -> Tensor:
+    """Whether all of a stream's state is finite, ``[S]``."""
+    sound = torch.ones(streams, dtype=torch.bool, device=device)
+    for value in (*state.weights.values(), *state.memory.values()):
+        if value.is_floating_point():
+            sound &= value.isfinite().flatten(1).all(1)
+    return sound
+
+
 def _images(policy: Policy, source: Source) -> ImageStore:
     return ImageStore(source, exact=policy.window_images == "exact")
 
@@ -166,7 +192,7 @@ def _statistic(network: int, key: str) -> str:
 
 
 def _where(mask: Tensor, fresh: State, old: State) -> State:
-    """``fresh`` (``S = 1``) for the streams of ``mask [S]``, ``old`` for the others."""
+    """``fresh`` (of ``S`` streams or one) for the streams of ``mask [S]``, ``old`` for the others."""
 
     def choose(new: Tensors, before: Tensors) -> Tensors:
         return {

@@ -50,7 +50,7 @@ class T3a(Policy):
 
     name = "t3a"
     scope = Scope.NONE
-    ranges = {"filter_k": "[1, inf)"}
+    ranges = {"filter_k": "[1, 1000]"}
 
     filter_k: int = 20
 

@@ -117,7 +117,7 @@ class AnchoredTeacher(TeacherPolicy):
     step, drawn at random; 0.01 is published for CIFAR, 0.001 in the ImageNet code.
     """
 
-    ranges = SETTINGS | {"augmentations": "[1, inf)", "threshold": "[0, inf)", "restore": "[0, 1]"}
+    ranges = SETTINGS | {"augmentations": "[1, 64]", "threshold": "[0, inf)", "restore": "[0, 1]"}
 
     augmentations: int = 32
     threshold: float = 0.92

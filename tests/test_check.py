@@ -79,3 +79,47 @@ def test_ports_that_there_are_not(
         cli.main()
     assert caught.value.code == 2
     assert "--port" in capsys.readouterr().err
+
+
+class NoNorms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(torch.relu(self.conv(x)).mean((2, 3)))
+        return scores
+
+
+def test_all_weights_adapt_without_norm_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is nothing for tent, but all that CoTTA needs."""
+    assert check(tmp_path, monkeypatch, NoNorms, policy="cotta") == 0
+    rows = {line.split()[1]: line.split()[3] for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+    assert (rows["tent"], rows["cotta"], rows["petal"]) == ("no", "yes", "yes")
+
+
+class Stiff(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        raise RuntimeError("no way back")
+
+
+class OneWay(TinyNetwork):
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = Stiff.apply(super().forward(x))  # type: ignore[no-untyped-call]
+        return scores
+
+
+@pytest.mark.parametrize("window", [0, 64])
+def test_a_step_that_fails_in_its_backward_pass_is_found_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], window: int
+) -> None:
+    """Also where the few rows of the trial do not fill the policy's window."""
+    assert check(tmp_path, monkeypatch, OneWay, policies={"tent": {"window": window}}) == 1
+    assert "no way back" in capsys.readouterr().err

@@ -311,6 +311,58 @@ def test_a_stopped_warm_up_of_another_kind_starts_over(folder: Path, monkeypatch
     assert calls[4:] == [0.5, 1.0]
 
 
+@pytest.mark.parametrize("change", ["images", "settings", "data"])
+def test_a_stopped_warm_up_goes_on_under_equal_conditions_only(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """More images to go through, another optimiser, other images of the same name: it starts over."""
+    (folder / "made.safetensors").unlink()
+    options = PrepareOptions(folder / "config.yaml", folder, only=("warmup_norm",), warm_up_images=320)
+    calls: list[float] = []
+
+    def counted(*arguments: Any) -> Any:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(arguments[-1])
+        return warm_up(*arguments)
+
+    monkeypatch.setattr("tta_server.prepare.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("tta_server.prepare.warm_up", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(options)
+    if change == "images":
+        options = replace(options, warm_up_images=384)
+    elif change == "settings":
+        config = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(config.replace("    policies:\n", "    preset: imagenet\n    policies:\n"))
+        assert "preset" in (folder / "config.yaml").read_text()
+    else:
+        with np.load(folder / "source_train.npz") as file:
+            images, labels = file["images"], file["labels"]
+        np.savez(folder / "source_train.npz", images=255 - images, labels=labels)
+    calls[:] = [0.0] * 4
+    run(options)
+    steps = 6 if change == "images" else 5
+    assert calls[4:] == [pytest.approx(step / steps) for step in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize("labels", [np.zeros((9, 1), np.int64), np.array(["a"] * 9), np.full(9, 3.7)], ids=str)
+def test_labels_that_are_none(folder: Path, labels: Any) -> None:
+    with np.load(folder / "source_train.npz") as file:
+        np.savez(folder / "odd.npz", images=file["images"][:9], labels=labels)
+    with pytest.raises(ConfigError, match=r"must be whole numbers \[rows\]"):
+        run(PrepareOptions(folder / "config.yaml", folder / "odd.npz"))
+
+
+def test_a_wrong_setting_is_told_before_anything_is_computed(folder: Path) -> None:
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("    policies:\n", "    policies:\n      eata: {lrr: 1}\n"))
+    (folder / "made.safetensors").unlink()
+    with pytest.raises(BadInput, match="eata"):
+        run(PrepareOptions(folder / "config.yaml", folder))
+    assert not (folder / "made.safetensors").exists()
+
+
 def test_artefacts_of_another_model_are_refused(folder: Path) -> None:
     """With both digests and what to do."""
     path = folder / "made.safetensors"

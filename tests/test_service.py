@@ -817,3 +817,29 @@ async def test_a_drain_happens_once(bench: Bench) -> None:
     bench.service.open("s")
     await bench.service.predict(None, rows(2), stream="s")
     assert tuple(await asyncio.gather(bench.service.drain(), bench.service.drain())) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "said"),
+    [
+        ("tent", {"window": 5000}, r"window must lie in \[0, 4096\], got 5000"),
+        ("rotta", {"capacity": 10**9}, r"capacity must lie in \[1, 4096\]"),
+        ("t3a", {"filter_k": 10**9}, r"filter_k must lie in \[1, 1000\]"),
+        ("cotta", {"augmentations": 10**7}, r"augmentations must lie in \[1, 64\]"),
+    ],
+)
+async def test_settings_that_would_take_all_of_the_machine(
+    bench: Bench, policy: str, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        bench.service.open("s", policy=policy, settings=settings)
+
+
+async def test_a_state_over_the_limit_is_refused(loaded: Loaded) -> None:
+    """With its size and the limit's name, whether by the preset or by settings of the stream's own."""
+    async with serving(loaded, limits={"state_bytes": 4000}) as bench:
+        bench.service.open("small", policy="tent")
+        with pytest.raises(Conflict, match=r"state would be [\d,]+ bytes, over the limit limits\.state_bytes = 4,000"):
+            bench.service.open("large", policy="tent", settings={"window": 64})
+        with pytest.raises(Conflict, match=r"limits\.state_bytes"):
+            bench.service.open("larger", policy="cotta")

@@ -11,6 +11,7 @@ A folder holds one file per *domain*, in either layout or both:
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zipfile
 import zlib
@@ -164,6 +165,16 @@ class SourceImages:
     def has_labels(self) -> bool:
         return self._labels is not None
 
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of the images (of files: their paths and sizes) and labels."""
+        digest = hashlib.sha256(b"" if self._labels is None else self._labels.tobytes())
+        if isinstance(self._images, list):
+            digest.update("\n".join(f"{path} {path.stat().st_size}" for path in self._images).encode())
+        else:
+            digest.update(self._images.tobytes())
+        return digest.hexdigest()
+
     def take(self, chosen: Rows) -> tuple[Images, Labels]:
         """Images ``[B, height, width, channels]`` and labels ``[B]``, -1 where there are none."""
         labels = np.full(len(chosen), -1, np.int64) if self._labels is None else self._labels[chosen]
@@ -208,6 +219,8 @@ def load_source_images(path: Path, spec: InputSettings, classes: Sequence[str], 
     images, labels = _read(path, "images"), _read(path, "labels")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise ConfigError(f"{path} needs an array 'images', uint8 [rows, height, width, channels]")
+    if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
+        raise ConfigError(f"the labels of {path} must be whole numbers [rows], got {labels.dtype} {list(labels.shape)}")
     domain = Domain(path.stem, images, np.zeros(len(images), np.int64) if labels is None else labels.astype(np.int64))
     if len(domain.labels) != len(images):
         raise ConfigError(f"{path} has {len(images)} images, but {len(domain.labels)} labels")

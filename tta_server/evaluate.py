@@ -108,7 +108,9 @@ def evaluate(options: EvaluateOptions, console: Console) -> Results:
     _make_folder(options.out)
 
     # Nothing is measured beside the answers: the source model's own pass would be counted as the policies' time.
-    engine = Engine({name: model}, StateStore(1, device), Monitor(settings.monitor.half_life), shadow_ratio=0.0)
+    engine = Engine(
+        {name: model}, StateStore(len(policies) + 1, device), Monitor(settings.monitor.half_life), shadow_ratio=0.0
+    )
     runs = [_Run(model, one, policy, options, domains) for one, policy in policies.items()]
     x = to_inputs(gather(domains, batches[0])[0], model.settings.input)
     for run in runs:

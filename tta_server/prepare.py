@@ -6,6 +6,7 @@ run that was stopped goes on where it was. What each group is for stands in :dat
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ from tta_server.settings import choose_model, load_settings
 
 SAVE_SECONDS = 60.0
 """How often an unfinished warm-up is written."""
+WARM_UP_SETTINGS = ("optimiser", "lr", "momentum", "nesterov", "teacher_momentum")
+"""Of rmt, those that the warm-up depends on."""
 COVARIANCE_VALUES = 4_000_000
 """Most values of all classes' feature covariances for them to be stored by class."""
 
@@ -84,7 +87,7 @@ class _Source:
 
     def __init__(self, model: SourceModel, data: SourceImages, options: PrepareOptions, unfinished: Path) -> None:
         self.model, self.data, self.options = model, data, options
-        self.device = model.network.device
+        self.device, self.data_digest = model.network.device, data.digest
         self._path = unfinished
         self.unfinished = load_artefacts(unfinished, model.digest, self.device)
 
@@ -103,7 +106,12 @@ class _Source:
 
     def made_from(self) -> dict[str, Any]:
         """What decides how a group comes out, beside the model: a group in the making goes on only under the same."""
-        return {"data": self.data.name, "batch_size": self.options.batch_size, "seed": self.options.seed}
+        return {
+            "data": self.data.name,
+            "data_digest": self.data_digest,
+            "batch_size": self.options.batch_size,
+            "seed": self.options.seed,
+        }
 
     def network(self, weights: Mapping[str, Tensor], x: Tensor, segments: Segments, norm: Norm) -> Output:
         return self.model.network.run(Pass(segments, weights, norm), x)
@@ -239,8 +247,11 @@ def _warm_up(scope: Scope, source: _Source) -> Work:
     group = "warmup" if scope is Scope.ALL else "warmup_norm"
     policy = cast("Rmt", make_policy("rmt", starting_settings("rmt", source.model.settings) | {"scope": scope}))
     steps = len(batch_sizes(source.options.warm_up_images, source.options.batch_size))
-    state, first = policy.cold_start(source.model.source), source.unfinished.made.get(group, {}).get("steps", 0)
-    if first:
+    state, first = policy.cold_start(source.model.source), 0
+    how = {"of": steps, "settings": {key: getattr(policy, key) for key in WARM_UP_SETTINGS}}
+    begun = source.unfinished.made.get(group, {})
+    if how.items() <= begun.items():
+        first = begun["steps"]
         stored = {key.removeprefix(f"{group}/"): v.to(source.device) for key, v in source.unfinished.tensors.items()}
         state = State(
             {key: stored[f"weights.{key}"] for key in state.weights},
@@ -251,7 +262,7 @@ def _warm_up(scope: Scope, source: _Source) -> Work:
         if step > first:
             state = warm_up(policy, state, source.batch(x), step / steps)
             if time.monotonic() > saved + SAVE_SECONDS:
-                source.save_unfinished(group, as_artefact(state), {"steps": step})
+                source.save_unfinished(group, as_artefact(state), {**how, "steps": step})
                 saved = time.monotonic()
         yield None
     yield as_artefact(state)
@@ -322,6 +333,10 @@ def prepare(options: PrepareOptions, console: Console) -> Artefacts:
         raise BadInput(f"no artefact group {unknown[0]!r}; there are: {', '.join(GROUPS)}")
     model = load_model(name, settings, choose_device(settings.server.device))
     path = settings.artefacts_path(name)
+    for policy in adapters.policies():
+        make_policy(policy, starting_settings(policy, model.settings))  # a wrong setting is told now, not at the end
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"cannot write artefacts to the folder {path.parent}; set models.{name}.artefacts to another")
     data = load_source_images(options.data, model.settings.input, model.classes, options.images, options.seed)
     artefacts = load_artefacts(path, model.digest, torch.device("cpu"))
     source = _Source(model, data, options, path.with_name(f"{path.name}.unfinished"))
@@ -331,6 +346,7 @@ def prepare(options: PrepareOptions, console: Console) -> Artefacts:
             "images": min(GROUPS[group].rows(options, len(data)), len(data)),
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        artefacts = load_artefacts(path, model.digest, torch.device("cpu"))  # another run may have added to it
         artefacts.put(group, tensors, how)
         artefacts.save(path)
         source.drop_unfinished(group)

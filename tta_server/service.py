@@ -27,7 +27,8 @@ from tta_server.errors import BadInput, Conflict, QueueFull, UnknownName
 from tta_server.metrics import Levels
 from tta_server.policies import make_policy, settings_of, starting_settings
 from tta_server.runner import Runner
-from tta_server.settings import NAME, Settings
+from tta_server.settings import NAME, Settings, type_and_line
+from tta_server.state.slots import Layout
 from tta_server.types import Answer, Lane, Stream
 
 STREAM_ID = re.compile(NAME)
@@ -271,12 +272,16 @@ class Service:
         """
         reason: str | None = source.reports.get(policy.name, {}).get("reason")
         tried = policy.name in source.reports and policy == self._make_policy(source, policy.name, None)
+        size = source.reports.get(policy.name, {}).get("bytes_per_stream", 0)
         if not tried and (reason is None or not reason.startswith(STEP_FAILS)):
             reason = None
             try:
-                initial_state(policy, source)
-            except ValueError as error:
-                reason = str(error)
+                size = Layout(initial_state(policy, source)).bytes
+            except (ValueError, RuntimeError) as error:  # torch raises the latter for what does not fit into memory
+                reason = type_and_line(error) if isinstance(error, RuntimeError) else str(error)
+        limit = self.settings.limits.state_bytes
+        if reason is None and size > limit:
+            reason = f"a stream's state would be {size:,} bytes, over the limit limits.state_bytes = {limit:,}"
         if reason is not None:
             raise Conflict(f"policy {policy.name!r} cannot run on model {source.name!r}: {reason}")
 

@@ -74,7 +74,7 @@ class ModelSettings(_Settings):
     """Name of the classifier layer, whose input is the feature; found by itself when it is the last Linear."""
     artefacts: str | None = None
     """The file of what ``tta-server prepare`` computes from source data; a path from the config file's folder. By
-    default it is beside the weights, and named after them: ``<weights>.artefacts.safetensors``."""
+    default it is beside the weights, and named after them: ``net.artefacts.safetensors`` for ``net.safetensors``."""
     policy: str = "tent"
     """The policy of streams that ask for none."""
     preset: Literal["cifar", "imagenet"] | None = None
@@ -105,6 +105,8 @@ class LimitSettings(_Settings):
     """Largest scores kept per stream to answer a repeated request number; a repeat of a larger answer is refused."""
     streams: Positive = 20_000
     """Most streams open at once."""
+    state_bytes: Positive = 2**30
+    """Largest state of a stream; settings that make a larger one are refused."""
     slots: Positive = 256
     """Stream states kept on the device, of all models and policies; the rest wait in host memory."""
 
@@ -162,7 +164,9 @@ class Settings(_Settings):
         spec = self.models[model]
         if spec.artefacts is not None:
             return self.folder / spec.artefacts
-        return self.find(spec.weights).with_suffix(".artefacts.safetensors")
+        weights = self.find(spec.weights)
+        stem = weights.stem if weights.suffix in (".safetensors", ".pt", ".pth", ".bin") else weights.name
+        return weights.with_name(f"{stem}.artefacts.safetensors")
 
 
 class _Loader(yaml.SafeLoader):

@@ -50,8 +50,10 @@ class Artefacts:
         try:
             safetensors.torch.save_file(self.tensors, unfinished, metadata)
             unfinished.replace(path)
-        except (OSError, safetensors.SafetensorError) as error:
+        except BaseException as error:
             unfinished.unlink(missing_ok=True)
+            if not isinstance(error, OSError | safetensors.SafetensorError):
+                raise
             raise ConfigError(
                 f"cannot write the artefacts to {path}: {error}; set models.<name>.artefacts to a path that can be"
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ def policy_report(name: str, model: SourceModel) -> dict[str, Any]:
         state = initial_state(policy, model)
         layout = Layout(state)
         _try_step(policy, model, layout, state)
+        if policy.window:
+            # Two rows do not fill a window, so the policy's own step is tried without.
+            own = replace(policy, window=0, reset_after=0)
+            state = initial_state(own, model)
+            _try_step(own, model, Layout(state), state)
     except (ValueError, BadInput) as error:
         return {"name": name, "runs": False, "reason": " ".join(str(error).split())}
     except Exception as error:  # a model's or a plug-in's own code may raise anything
@@ -60,11 +66,12 @@ def _try_step(policy: Policy, model: SourceModel, layout: Layout, initial: State
     jobs = [Job(stream, lambda *_: None, lane, x) for stream, x in zip(streams, rows, strict=True)]
     if policy.scope is not Scope.NONE and policy.differentiates:
         # A step on these rows may choose none of them and then takes no gradient.
-        weights = gradient.leaves(model.source.stacked(model.source.affine))
+        keys = model.source.parameters if policy.scope is Scope.ALL else model.source.affine
+        weights = gradient.leaves(model.source.stacked(keys))
         if not model.network.run(
             Pass(Segments([4], model.network.device), weights), torch.cat(rows)
         ).logits.requires_grad:
-            raise RuntimeError("the model's forward pass lets no gradient through to its norm layers")
+            raise RuntimeError("the model's forward pass lets no gradient through to the weights")
     run = PolicyRun(model, lane, jobs, State(_twice(initial.weights), _twice(initial.memory)))
     logits = run.scores()
     if logits.shape != (4, model.source.num_classes):
