@@ -290,32 +290,11 @@ def test_a_stopped_warm_up_goes_on_where_it_was(folder: Path, monkeypatch: pytes
     assert all(torch.equal(again[key], value) for key, value in whole.items())
 
 
-def test_a_stopped_warm_up_of_another_kind_starts_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "made.safetensors").unlink()
-    options = PrepareOptions(folder / "config.yaml", folder, only=("warmup_norm",), warm_up_images=320)
-    calls: list[float] = []
-
-    def counted(*arguments: Any) -> Any:
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        calls.append(arguments[-1])
-        return warm_up(*arguments)
-
-    monkeypatch.setattr("tta_server.prepare.SAVE_SECONDS", 0.0)
-    monkeypatch.setattr("tta_server.prepare.warm_up", counted)
-    with pytest.raises(KeyboardInterrupt):
-        run(options)
-    calls.clear()
-    calls.extend([0.0] * 4)
-    run(replace(options, batch_size=160))
-    assert calls[4:] == [0.5, 1.0]
-
-
-@pytest.mark.parametrize("change", ["images", "settings", "data"])
+@pytest.mark.parametrize("change", ["images", "batch", "settings", "data"])
 def test_a_stopped_warm_up_goes_on_under_equal_conditions_only(
     folder: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """More images to go through, another optimiser, other images of the same name: it starts over."""
+    """More images to go through, another batch size or optimiser, other images of the same name: it starts over."""
     (folder / "made.safetensors").unlink()
     options = PrepareOptions(folder / "config.yaml", folder, only=("warmup_norm",), warm_up_images=320)
     calls: list[float] = []
@@ -332,6 +311,8 @@ def test_a_stopped_warm_up_goes_on_under_equal_conditions_only(
         run(options)
     if change == "images":
         options = replace(options, warm_up_images=384)
+    elif change == "batch":
+        options = replace(options, batch_size=160)
     elif change == "settings":
         config = (folder / "config.yaml").read_text()
         (folder / "config.yaml").write_text(config.replace("    policies:\n", "    preset: imagenet\n    policies:\n"))
@@ -342,7 +323,7 @@ def test_a_stopped_warm_up_goes_on_under_equal_conditions_only(
         np.savez(folder / "source_train.npz", images=255 - images, labels=labels)
     calls[:] = [0.0] * 4
     run(options)
-    steps = 6 if change == "images" else 5
+    steps = {"images": 6, "batch": 2}.get(change, 5)
     assert calls[4:] == [pytest.approx(step / steps) for step in range(1, steps + 1)]
 
 
