@@ -56,7 +56,7 @@ class Lame(Policy):
 
     name = "lame"
     scope = Scope.NONE
-    ranges = {"neighbours": "[1, inf)", "steps": "[1, 1000]", "weight": "[0, inf)"}
+    ranges = {"neighbours": "[1, inf)", "steps": "[1, 10000]", "weight": "[0, inf)"}
 
     affinity: Literal["rbf", "knn", "linear"] = "rbf"
     neighbours: int = 5

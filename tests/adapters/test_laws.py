@@ -226,7 +226,7 @@ def test_poisoned_stream_harms_itself_only(case: Case, whole: bool) -> None:
         assert_same(flat(poisoned.state(name)), flat(sound.state(name)))
         assert poisoned.stream(name).version == sound.stream(name).version
     again = case.inputs(0, 3, sizes)[1]
-    alone = run(case.policy, case.subject, [_unflat(before)], [again])
+    alone = run(case.policy, case.subject, [_unflat(before)], [again], [stream_key("b")], [version])
     torch.testing.assert_close(poisoned.logits({"b": again})["b"], alone.logits[0], rtol=1e-9, atol=1e-10)
 
 
