@@ -38,9 +38,17 @@ class InputSettings(_Settings):
     """Subtracted per channel; normalisation belongs to the model, clients send plain pixels."""
     std: tuple[float, ...] = ()
     """Divided by, per channel."""
+    resize: Positive | None = None
+    """For encoded images (PNG, JPEG): the shorter side is resized to so many pixels, bilinearly, and the middle of the
+    result is cut out; without it, images must have the input's own size."""
 
     @model_validator(mode="after")
     def _check(self) -> InputSettings:
+        if self.resize is not None and (len(self.shape) != 3 or self.resize < max(self.shape[1:])):
+            raise ValueError(
+                f"resize is for inputs [channels, height, width] and at least as large as both sides of the input; "
+                f"got {self.resize} for {list(self.shape)}"
+            )
         if len(self.mean) != len(self.std) or (self.mean and len(self.mean) != self.shape[0]):
             raise ValueError(
                 f"mean and std need one value for each of {self.shape[0]} channels; "
@@ -88,7 +96,26 @@ class LimitSettings(_Settings):
     """Bounds. An error that one of them causes names it as ``limits.<name>``."""
 
     body_bytes: Positive = 64 * 2**20
-    """Largest request body."""
+    """Largest request body, as sent."""
+    inflated_bytes: Positive = 256 * 2**20
+    """Largest request body after decompression."""
+    json_bytes: Positive = 32 * 2**20
+    """Largest JSON document: a whole JSON body, or the header of one with binary tensors. Parsed, it takes several
+    times its size in memory."""
+    json_depth: Annotated[int, Field(gt=0, le=1000)] = 100
+    """Deepest nesting of a JSON document."""
+    image_pixels: Positive = 2**25
+    """Most pixels of one PNG or JPEG image, seen from its header before it is decoded."""
+    header_bytes: Positive = 64 * 2**10
+    """Largest request line and headers together."""
+    header_seconds: Seconds = 10.0
+    """Longest time from a request's first byte to the end of its headers."""
+    body_seconds: Seconds = 60.0
+    """Longest time for a request's body to arrive."""
+    idle_seconds: Seconds = 75.0
+    """How long a connection may stay open between two requests."""
+    connections: Positive = 2000
+    """Most open connections; another one is answered 503 and closed."""
     rows_per_request: Positive = 1024
     """Most samples in one request."""
     batch_rows: Positive = 64
@@ -97,6 +124,9 @@ class LimitSettings(_Settings):
     """Most requests waiting in all."""
     queue_per_stream: Positive = 64
     """Most requests of one stream waiting."""
+    shed_queue: Positive = 256
+    """While more requests than this wait, steps end with their answers: streams are served as adapted so far, and adapt
+    no further."""
     queue_seconds: Seconds = 30.0
     """Longest wait before a request is answered 504; a request may shorten it."""
     drain_seconds: Seconds = 10.0
