@@ -6,7 +6,7 @@ BIN := .venv/bin
 EXTRAS_demo := demo
 EXTRAS_test := demo,test
 
-.PHONY: demo test format clean
+.PHONY: demo test fuzz format clean
 
 demo: .venv/.ready-demo
 	$(BIN)/tta-server demo
@@ -17,6 +17,10 @@ test: .venv/.ready-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+# Many more of the requests that are made up from the OpenAPI document: a long run.
+fuzz: .venv/.ready-test
+	FUZZ_EXAMPLES=1000 $(BIN)/pytest tests/http/test_openapi.py -k made_up
 
 format: .venv/.ready-test
 	$(BIN)/ruff check --fix .

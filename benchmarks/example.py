@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -28,8 +28,8 @@ def network() -> nn.Module:
     return resnet20()
 
 
-def write_config(folder: Path) -> Path:
-    """Writes the network's weights and a config for them into ``folder``; returns the config's path."""
+def write_config(folder: Path, limits: Mapping[str, float] | None = None) -> Path:
+    """Writes the network's weights and a config for them, with these ``limits``, into ``folder``; returns its path."""
     safetensors.torch.save_file(network().state_dict(), folder / "weights.safetensors")
     model = {
         "factory": "resnet_cifar:resnet20",
@@ -39,7 +39,8 @@ def write_config(folder: Path) -> Path:
     }
     (folder / "resnet_cifar.py").write_text((EXAMPLE / "resnet_cifar.py").read_text(encoding="utf-8"), encoding="utf-8")
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump({"models": {"resnet20": model}}), encoding="utf-8")
+    content = {"models": {"resnet20": model}, "limits": dict(limits or {})}
+    config.write_text(yaml.safe_dump(content), encoding="utf-8")
     return config
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import safetensors.torch
 import torch
@@ -21,16 +23,27 @@ from torch import Tensor, nn
 from adapters import Policy, rng
 from adapters.base import State
 from adapters.tent import Tent
-from tta_server import app
+from tta_server import app, service
+from tta_server.access import Access
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine
-from tta_server.engine.source import SourceModel
+from tta_server.engine.source import SourceModel, load_model
+from tta_server.errors import TtaError
+from tta_server.repository import Load
 from tta_server.runner import Runner
 from tta_server.scheduler import Bounds, Scheduler
+from tta_server.service import Service
 from tta_server.settings import Settings, load_settings
 from tta_server.state.store import StateStore
-from tta_server.types import Answer, Job, Lane, StepStats, Stream
+from tta_server.tenant import Tenant
+from tta_server.types import Answer, Call, Job, Lane, StepStats, Stream
 
+Loaded = tuple[Settings, dict[str, SourceModel]]
+Reply = tuple[Answer, bool]
+"""Of a prediction: the answer, and whether it is a stored one."""
+T = TypeVar("T")
+
+CPU = torch.device("cpu")
 MODEL = "tiny"
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
 LR = 0.01
@@ -55,9 +68,9 @@ class TinyNetwork(nn.Module):
         return scores
 
 
-def tiny_network() -> nn.Module:
-    """The network with fixed weights, none of them trivial."""
-    network, generator = TinyNetwork(), torch.Generator().manual_seed(7)
+def tiny_network(seed: int = 7) -> nn.Module:
+    """The network with fixed weights, none of them trivial; others for another ``seed``."""
+    network, generator = TinyNetwork(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
             if tensor.is_floating_point():
@@ -75,18 +88,27 @@ def rows(count: int, seed: int = 0) -> Tensor:
     return x
 
 
-def write_config(folder: Path, **sections: Any) -> Path:
-    """Writes the weights and a config file into ``folder``; ``sections`` replace the config's own."""
-    safetensors.torch.save_file(tiny_network().state_dict(), folder / "tiny.safetensors")
+def write_weights(folder: Path, seed: int = 7, model: str = MODEL) -> None:
+    """Writes the model's weights file into ``folder``."""
+    safetensors.torch.save_file(tiny_network(seed).state_dict(), folder / f"{model}.safetensors")
+
+
+def write_config(folder: Path, *models: str, **sections: Any) -> Path:
+    """Writes the weights and a config file of ``models``, by default :data:`MODEL`, into ``folder``; ``sections``
+    replace the config's own."""
+    names = models or (MODEL,)
+    for name in names:
+        write_weights(folder, model=name)
     config: dict[str, Any] = {
         "models": {
-            MODEL: {
+            name: {
                 "factory": "tests.serving:TinyNetwork",
-                "weights": "tiny.safetensors",
+                "weights": f"{name}.safetensors",
                 "input": {"shape": [3, 8, 8]},
                 "classes": list(CLASSES),
                 "policies": {"tent": {"lr": LR}},
             }
+            for name in names
         },
         "server": {"device": "cpu"},
         "monitor": {"shadow_ratio": 0.5},
@@ -96,10 +118,16 @@ def write_config(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def load(folder: Path) -> tuple[Settings, dict[str, SourceModel]]:
-    """The tiny model, from a config written into ``folder``."""
-    settings = load_settings(write_config(folder))
+def load(folder: Path, *models: str) -> Loaded:
+    """The tiny model, or several of it, from a config written into ``folder``."""
+    settings = load_settings(write_config(folder, *models))
     return settings, app.load_models(settings)
+
+
+def loader(loaded: Loaded) -> Load:
+    """Loads a model again from its files, as the server does, but does not try all policies on it once more."""
+    settings, models = loaded
+    return lambda name: replace(load_model(name, settings, CPU), reports=models[name].reports)
 
 
 def varied(settings: Settings, **sections: Mapping[str, Any]) -> Settings:
@@ -133,6 +161,12 @@ class Gate:
     def open(self) -> None:
         """Lets everybody through, now and later."""
         self._open.set()
+
+
+def let_pass(runner: Runner, seconds: float) -> None:
+    """Puts the runner's clock forward: what waits now has waited for so long."""
+    clock = runner._clock
+    runner._clock = lambda: clock() + seconds
 
 
 class Ending:
@@ -186,7 +220,7 @@ class StepList:
     def step(self, stats: StepStats) -> None:
         self.steps.append(stats)
 
-    def request(self, model: str, route: str, code: int, seconds: float) -> None:
+    def request(self, call: Call) -> None:
         raise AssertionError("nothing here speaks HTTP")
 
     def results(self) -> list[str]:
@@ -214,9 +248,11 @@ def make_device(
 ) -> Device:
     """Wires a runner up as the server does; it is not started."""
     limits = settings.limits
-    store = StateStore(limits.slots, torch.device("cpu"))
+    store = StateStore(limits.slots, CPU)
     engine = Engine(models, store, Monitor(settings.monitor.half_life), settings.monitor.shadow_ratio)
-    scheduler = Scheduler(Bounds(limits.batch_rows, limits.slots, limits.queue_per_stream, limits.queue))
+    scheduler = Scheduler(
+        Bounds(limits.batch_rows, limits.slots, limits.queue_per_stream, limits.queue, limits.shed_share)
+    )
     recorder = StepList()
     return Device(store, engine, scheduler, recorder, Runner(engine, scheduler, recorder, clock))
 
@@ -241,3 +277,118 @@ def same_state(one: State, other: State) -> bool:
         a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
         for a, b in pairs
     )
+
+
+class Impatient(Tenant):
+    """Gives up on what hangs, so that the test fails and the next one runs."""
+
+    async def predict(self, *arguments: Any, **named: Any) -> Reply:
+        return await soon(super().predict(*arguments, **named))
+
+    async def update(self, *arguments: Any, **named: Any) -> tuple[Stream, bool]:
+        return await soon(super().update(*arguments, **named))
+
+    async def reset(self, id: str) -> Stream:
+        return await soon(super().reset(id))
+
+    async def close(self, id: str, only: Stream | None = None) -> None:
+        await soon(super().close(id, only))
+
+
+async def soon(work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is not to take long."""
+    async with asyncio.timeout(TIMEOUT):
+        return await work
+
+
+def start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """The work as a task."""
+    return asyncio.get_running_loop().create_task(work)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A service over a running device."""
+
+    service: Service
+    device: Device
+
+    @property
+    def tenant(self) -> Tenant:
+        """The one that there is without tokens."""
+        return self.service.tenant("default")
+
+    async def settled(self) -> None:
+        """Returns when the device has nothing left to do and the loop knows about it."""
+        async with asyncio.timeout(TIMEOUT):
+            while not self.device.scheduler.idle:
+                await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    async def waiting(self, count: int) -> None:
+        """Returns when so many jobs are in the queue, however many turns of the loop that takes."""
+        async with asyncio.timeout(TIMEOUT):
+            while self.device.runner.waiting != count:
+                await asyncio.sleep(0)
+
+    async def hold(self) -> Gate:
+        """Keeps the device from running anything until the gate is opened."""
+        return await asyncio.to_thread(hold, self.device.runner)
+
+    def state(self, stream: Stream) -> State:
+        """A copy of the stream's state. For when the device is idle."""
+        return self.device.state(stream.lane, stream)
+
+    def streams(self) -> list[Stream]:
+        """The open streams of all tenants."""
+        return [stream for tenant in self.service._tenants.values() for stream in tenant.streams()]
+
+    def check_nothing_left(self) -> None:
+        """No request, timer, lease, misplaced slot, model's visitor or state of a stream that is gone."""
+        assert self.device.scheduler.idle
+        assert self.device.runner.waiting == 0
+        opened = [one for tenant in self.service._tenants.values() for one in tenant._streams.values()]
+        assert [one.flights for one in opened if one.flights] == []
+        assert set(self.service.models._busy.values()) <= {0}
+        timers = getattr(asyncio.get_running_loop(), "_scheduled")  # noqa: B009 - the loop's own list, not in its types
+        assert [timer for timer in timers if not timer.cancelled() and "Dispatcher" in repr(timer)] == []
+        self.device.store.check_integrity()
+        for lane, states in self.device.store._lanes.items():
+            assert not states.leased
+            for stream in states.resident.keys() | states.host.keys():
+                assert stream in self.streams(), "the state of a stream that is gone"
+                assert stream.lane == lane, "a state that its stream does not find"
+
+
+@asynccontextmanager
+async def serving(loaded: Loaded, load: Load | None = None, **sections: Mapping[str, Any]) -> AsyncIterator[Bench]:
+    """A running service with some settings replaced; afterwards nothing of it may be left over."""
+    settings, models = loaded
+    settings = varied(settings, **sections)
+    device = make_device(settings, models)
+    with patch.object(service, "Tenant", Impatient):
+        access = Access(settings.auth, settings.folder)
+        bench = Bench(Service(settings, models, device.runner, access, load or loader(loaded)), device)
+        device.runner.start()
+        yield bench
+    assert await bench.service.drain() == 0
+    await asyncio.sleep(0)  # the thread's last callbacks
+    bench.check_nothing_left()
+    assert [task for task in asyncio.all_tasks() if "TestRunner" not in repr(task)] == []
+
+
+async def scores(work: Coroutine[Any, Any, Reply]) -> Tensor:
+    """The scores of a prediction."""
+    return (await work)[0].logits
+
+
+def lost_exceptions() -> list[dict[str, Any]]:
+    """A list that fills with whatever the event loop complains about."""
+    lost: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: lost.append(context))
+    return lost
+
+
+def unexpected(outcomes: list[Any]) -> list[Exception]:
+    """Of the outcomes of tasks, the errors that are none of ours."""
+    return [one for one in outcomes if isinstance(one, Exception) and not isinstance(one, TtaError)]

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 import adapters
 from adapters import Policy
+from tta_server.demo.data import training
 from tta_server.prepare import GROUPS
-from tta_server.settings import Settings
+from tta_server.settings import Settings, load_settings
 
 ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "tta_server" / "demo" / "config.yaml"
+START_SECONDS = 60.0
 
 USE_IT = """
 import torch
@@ -51,8 +63,7 @@ def blocks(page: str, language: str) -> list[str]:
 def test_the_policy_of_the_guide_does_what_it_says() -> None:
     """In a process of its own, since it registers."""
     (policy,) = blocks("docs/add-a-policy.md", "python")
-    config = ROOT / "tta_server" / "demo" / "config.yaml"
-    script = f"{policy}\nCONFIG = {str(config)!r}\n{USE_IT}"
+    script = f"{policy}\nCONFIG = {str(DEMO)!r}\n{USE_IT}"
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -60,6 +71,72 @@ def test_the_policy_of_the_guide_does_what_it_says() -> None:
 def test_the_config_of_the_readme_is_one() -> None:
     (config,) = blocks("README.md", "yaml")
     assert Settings.model_validate(yaml.safe_load(config)).models["mine"].policy == "tent"
+
+
+@contextmanager
+def demo_server(folder: Path) -> Iterator[str]:
+    """``tta-server serve`` with the demo's model, in a process of its own; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-m", "tta_server", "serve", str(DEMO), "--port", address.rpartition(":")[2]]
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not _is_ready(address):
+            assert time.monotonic() < deadline, (folder / "server.log").read_text()
+            assert process.poll() is None, (folder / "server.log").read_text()
+            time.sleep(0.05)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(START_SECONDS)
+
+
+def _is_ready(address: str) -> bool:
+    try:
+        return httpx.get(f"http://{address}/v2/health/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_examples_of_the_http_api_work(tmp_path: Path) -> None:
+    """In the page's order, against a real server."""
+    images, _ = training()
+    np.save(tmp_path / "batch.npy", (images[:16] / 255).astype(np.float32))
+    Image.fromarray(images[0, 0].astype(np.uint8)).save(tmp_path / "digit.png")
+    page = (ROOT / "docs" / "http-api.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```(bash|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert {language for language, _ in examples} == {"bash", "python"}
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    with demo_server(tmp_path) as address:
+        for language, example in examples:
+            text = example.replace("localhost:8000", address)
+            if language == "bash":
+                text = f'set -e\ncurl() {{ command curl --silent --show-error --fail-with-body "$@"; }}\n{text}'
+                command = ["bash", "-c", text]
+            else:
+                command = [sys.executable, "-W", "error", "-c", text]
+            done = subprocess.run(
+                command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
+            )
+            assert done.returncode == 0, f"{example}\n{done.stdout}\n{done.stderr}"
+            assert done.stdout, example
+
+
+def test_the_settings_of_the_http_api_are_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (config,) = blocks("docs/http-api.md", "yaml")
+    (model,) = blocks("README.md", "yaml")
+    monkeypatch.setenv("TTA_TOKEN", "0123456789abcdef")
+    monkeypatch.setenv("MODELS", "/models")
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{model}\n{config}")
+    settings = load_settings(path)
+    assert settings.auth.tokens[0].tenant == "hospital-a"
+    assert settings.auth.tenants["hospital-a"].streams == 100
+    assert settings.server.tls is not None
+    assert settings.server.metrics is not None
 
 
 @pytest.mark.parametrize("name", adapters.policies())

@@ -33,7 +33,7 @@ from tests.serving import (
 )
 from tta_server.engine.engine import AnswerJob
 from tta_server.engine.source import SourceModel
-from tta_server.errors import DeadlineExceeded, StepFailed, Unavailable
+from tta_server.errors import DeadlineExceeded, QueueFull, StepFailed, Unavailable
 from tta_server.runner import Runner
 from tta_server.scheduler import Bounds, Scheduler
 from tta_server.settings import Settings
@@ -193,7 +193,7 @@ def test_commands_take_their_place_in_the_stream(device: Device) -> None:
     stream, x = stream_of(TENT), rows(6)
     first = submit(device, stream, x)
     second = submit(device, stream, x)
-    reset = command(device, stream, lambda: device.engine.reset(stream))
+    reset = command(device, stream, lambda: device.engine.reset(stream.lane, stream))
     third = submit(device, stream, x)
     device.runner.start()
     reset.ended()
@@ -217,7 +217,7 @@ def test_a_passed_deadline_is_told_and_never_adapts(source: tuple[Settings, dict
     device = make_device(*source, clock=lambda: now)
     stream, other = stream_of(TENT), stream_of(TENT, "other")
     late = submit(device, stream, rows(4, 1), deadline=105.0)
-    later = submit(device, stream, rows(4, 2), deadline=110.1)
+    later = submit(device, stream, rows(4, 2), deadline=130.0)
     beside = submit(device, other, rows(4, 3))
     now = 110.0
     device.runner.start()
@@ -232,9 +232,11 @@ def test_a_passed_deadline_is_told_and_never_adapts(source: tuple[Settings, dict
 def test_a_stream_of_expired_requests_only_wakes_nobody_up_for_nothing(
     source: tuple[Settings, dict[str, SourceModel]],
 ) -> None:
-    device = make_device(*source, clock=lambda: 100.0)
+    now = 0.0
+    device = make_device(*source, clock=lambda: now)
     stream = stream_of(TENT)
     endings = [submit(device, stream, rows(1), deadline=1.0) for _ in range(5)]
+    now = 100.0
     device.runner.start()
     assert all(isinstance(ending.error(), DeadlineExceeded) for ending in endings)
     assert device.runner.drain(TIMEOUT) == 0
@@ -563,6 +565,59 @@ def test_more_streams_than_slots_keep_their_states(source: tuple[Settings, dict[
     cramped, roomy = answers
     assert [answer.version for answer in cramped] == [0] * 5 + [1] * 5 + [2] * 5
     assert all(torch.equal(one.logits, other.logits) for one, other in zip(cramped, roomy, strict=True))
+
+
+def test_what_had_to_wait_too_long_is_answered_and_not_learned_from(
+    source: tuple[Settings, dict[str, SourceModel]],
+) -> None:
+    """The requests may wait 30 s. After 20 s their step is shed; those that came later wait less, and are not."""
+    now = 0.0
+    device = make_device(*source, clock=lambda: now)
+    streams = [stream_of(TENT, id) for id in "abc"]
+    for stream in streams:
+        submit(device, stream, rows(3), deadline=30.0)
+    now = 20.0
+    submit(device, streams[0], rows(3, 1), deadline=50.0)
+    last = submit(device, streams[0], rows(3, 2), deadline=50.0)
+    device.runner.start()
+    assert last.answer().version == 1
+    settle(device)
+    assert [[job.result for job in step.jobs] for step in device.recorder.steps] == [
+        ["shed"] * 3,
+        ["applied"],
+        ["applied"],
+    ]
+    assert [stream.version for stream in streams] == [2, 0, 0]
+    assert device.runner.drain(TIMEOUT) == 0
+
+
+def test_a_request_that_would_wait_in_vain_is_refused_at_once(source: tuple[Settings, dict[str, SourceModel]]) -> None:
+    """A step took 500 s by this clock: each that waits or runs is expected to take as long. Commands do not count."""
+    now = 0.0
+    device = make_device(*source, clock=lambda: now)
+
+    def slow(batch: Batch) -> None:
+        nonlocal now
+        now += 500.0
+
+    stream, other = stream_of(Hooked(before=slow)), stream_of(TENT, "other")
+    device.runner.start()
+    submit(device, stream, rows(1)).answer()
+    settle(device)
+    gate = hold(device.runner)  # this runs, so one is waited for already
+    with pytest.raises(
+        QueueFull, match=r"0 requests wait and 1 run, which takes about 500\.0 s; this one may wait 16 s"
+    ):
+        device.runner.check_room(16.0)
+    waiting = submit(device, other, rows(1), deadline=now + 626.0)
+    device.runner.check_room(1251.0)
+    with pytest.raises(QueueFull, match=r"1 requests wait and 1 run, which takes about 1000\.0 s"):
+        submit(device, other, rows(1), deadline=now + 1249.0)
+    assert device.runner.waiting == 1
+    command(device, other, lambda: None)
+    gate.open()
+    assert waiting.answer().version == 0
+    assert device.runner.drain(TIMEOUT) == 0
 
 
 def test_no_test_policy_is_registered() -> None:

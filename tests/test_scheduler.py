@@ -14,7 +14,7 @@ from adapters import Policy
 from tta_server.errors import QueueFull
 from tta_server.policies import make_policy
 from tta_server.scheduler import Bounds, Scheduler
-from tta_server.types import Answer, Job, Lane, Plan, Stream
+from tta_server.types import Answer, Job, Lane, Plan, Stream, head_start
 
 TENT, SOURCE = make_policy("tent", {}), make_policy("source", {})
 LANES = (Lane("digits", TENT), Lane("digits", SOURCE))
@@ -32,8 +32,16 @@ def make_stream(name: str, policy: Policy = TENT) -> Stream:
     return Stream(name, "digits", policy, random_key=0, created=0.0)
 
 
-def request(stream: Stream, rows: int = 1, lane: Lane = LANES[0], deadline: float = float("inf")) -> Job:
-    return Job(stream, nobody, lane, torch.empty(rows, 1), deadline=deadline)
+def request(
+    stream: Stream,
+    rows: int = 1,
+    lane: Lane = LANES[0],
+    deadline: float = float("inf"),
+    arrived: float = 0.0,
+    priority: int = 0,
+) -> Job:
+    x, start = torch.empty(rows, 1), head_start(priority)
+    return Job(stream, nobody, lane, x, deadline=deadline, arrived=arrived, head_start=start)
 
 
 def command(stream: Stream) -> Job:
@@ -296,6 +304,168 @@ def test_clear_hands_out_what_waits() -> None:
     assert scheduler.idle
 
 
+def test_models_of_one_name_but_other_weights_do_not_share_a_step() -> None:
+    """Their lanes differ by the digest."""
+    scheduler = Scheduler(Bounds())
+    old, new = (Lane("digits", TENT, digest) for digest in ("old", "new"))
+    jobs = [request(A, lane=old), request(B, lane=new), request(C, lane=old)]
+    submit(scheduler, *jobs)
+    assert [jobs_of(scheduler.next_batch(0.0)) for _ in range(2)] == [[jobs[0], jobs[2]], [jobs[1]]]
+
+
+# Priority
+
+
+def test_a_priority_is_worth_a_second_each() -> None:
+    """2 is the default, and what 0 stands for; from 10 on it makes no difference."""
+    assert [head_start(priority) for priority in range(13)] == [0, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8, -8, -8]
+
+
+@pytest.mark.parametrize(("arrived", "first"), [(0.9, "urgent"), (1.1, "patient")])
+def test_an_urgent_job_goes_before_those_of_the_last_second(arrived: float, first: str) -> None:
+    """Within its lane and among lanes."""
+    for lane in LANES:
+        scheduler = Scheduler(Bounds(max_rows=1))
+        patient, urgent = request(A), request(B, lane=lane, arrived=arrived, priority=1)
+        submit(scheduler, patient, urgent)
+        order = [patient, urgent] if first == "patient" else [urgent, patient]
+        assert [jobs_of(scheduler.next_batch(2.0)) for _ in range(2)] == [[one] for one in order]
+
+
+def test_a_patient_job_is_served_in_the_end() -> None:
+    """A busy lane of urgent jobs does not starve one of the lowest priority, which waits 9 s longer at most."""
+    scheduler, now = Scheduler(Bounds(max_streams=1)), 0.0
+    patient = request(C, priority=10)
+    submit(scheduler, patient, request(A, priority=1))
+    while now < 8.5:
+        plan = scheduler.next_batch(now)
+        assert jobs_of(plan) != [patient]
+        assert plan is not None
+        scheduler.complete(plan)
+        now += 0.5
+        submit(scheduler, request(A, arrived=now, priority=1))
+    submit(scheduler, request(B, arrived=9.5, priority=1))
+    assert [jobs_of(scheduler.next_batch(9.5))[0].stream for _ in range(3)] == [A, C, B]
+
+
+def test_an_urgent_job_does_not_overtake_its_own_stream() -> None:
+    """The order of a stream's jobs is what its state depends on."""
+    scheduler = Scheduler(Bounds())
+    jobs = [request(A, priority=10), request(A, priority=1)]
+    other = request(B)
+    submit(scheduler, *jobs, other)
+    assert jobs_of(scheduler.next_batch(0.0)) == [other, jobs[0]]
+
+
+# Room
+
+
+def plan_of(count: int) -> Plan:
+    return Plan(LANES[0], [request(make_stream(str(number))) for number in range(count)])
+
+
+def test_the_pace_is_a_moving_average_over_jobs() -> None:
+    """``p <- k^n p + (1 - k^n) t / n``, ``k = 0.966``, from the first plan on: after 20 jobs the past weighs half."""
+    scheduler = Scheduler(Bounds())
+    submit(scheduler, request(A))
+    assert scheduler.expected_wait == 0.0
+    scheduler.ran(plan_of(2), 10.0)
+    assert scheduler.expected_wait == pytest.approx(5.0)
+    scheduler.ran(plan_of(20), 40.0)
+    pace = 0.966**20 * 5.0 + (1 - 0.966**20) * 2.0
+    assert scheduler.expected_wait == pytest.approx(pace)
+    assert pytest.approx(0.5, abs=0.01) == 0.966**20
+    submit(scheduler, request(A), request(B))
+    assert scheduler.expected_wait == pytest.approx(3 * pace)
+    plan = scheduler.next_batch(0.0)
+    assert plan is not None
+    assert scheduler.expected_wait == pytest.approx(3 * pace), "what runs is waited for, too"
+    scheduler.complete(plan)
+    assert scheduler.expected_wait == pytest.approx(pace)
+
+
+def test_twenty_jobs_one_by_one_are_twenty_at_once() -> None:
+    """However they were merged, the same jobs in the same time give the same pace."""
+    merged, single = Scheduler(Bounds()), Scheduler(Bounds())
+    for scheduler in (merged, single):
+        scheduler.ran(plan_of(1), 3.0)
+        submit(scheduler, request(A))
+    merged.ran(plan_of(20), 10.0)
+    for _ in range(20):
+        single.ran(plan_of(1), 0.5)
+    assert merged.expected_wait == pytest.approx(single.expected_wait)
+
+
+def test_a_job_that_would_wait_in_vain_is_refused() -> None:
+    """With what it would take, and when to come back; one that may wait long enough, with room to err, is taken, and
+    commands always."""
+    scheduler = Scheduler(Bounds())
+    scheduler.ran(plan_of(1), 4.0)
+    submit(scheduler, request(A, deadline=0.0), request(B), command(B))
+    with pytest.raises(
+        QueueFull, match=r"3 requests wait and 0 run, which takes about 12\.0 s; this one may wait 7 s"
+    ) as refused:
+        scheduler.submit(request(C, arrived=50.0, deadline=57.0))
+    assert refused.value.retry_after == 7, "4 s a job: by then 5.6 s of them are left, 0.8 of what it may wait"
+    scheduler.check_room(15.1)
+    with pytest.raises(QueueFull):
+        scheduler.check_room(14.9)
+    submit(scheduler, command(C), request(C, arrived=50.0, deadline=71.0))
+
+
+def test_a_full_queue_is_told_with_the_time_until_half_of_it_is_gone() -> None:
+    scheduler = Scheduler(Bounds(in_all=2))
+    submit(scheduler, request(A), request(B))
+    with pytest.raises(QueueFull, match=r"limits\.queue = 2") as refused:
+        scheduler.check_room(float("inf"))
+    assert refused.value.retry_after == 1, "nothing is known of the pace yet"
+    scheduler.ran(plan_of(1), 3.4)
+    with pytest.raises(QueueFull) as refused:
+        scheduler.submit(request(C))
+    assert refused.value.retry_after == 4
+
+
+def test_an_empty_queue_takes_whoever_comes() -> None:
+    """Whatever the pace, and although the time was up on the way here: that is a deadline, not a full queue."""
+    scheduler = Scheduler(Bounds())
+    scheduler.ran(plan_of(1), 1e6)
+    scheduler.check_room(0.0)
+    late = request(A, arrived=5.0, deadline=4.9)
+    submit(scheduler, late)
+    assert scheduler.next_batch(5.0) is None
+    assert scheduler.expired() == [late]
+
+
+@pytest.mark.parametrize(
+    ("share", "now", "shed"),
+    [(0.5, 14.9, False), (0.5, 15.1, True), (0.1, 3.1, True), (1.0, 30.0, False)],
+)
+def test_a_plan_is_shed_after_a_share_of_the_time_its_oldest_job_may_wait(share: float, now: float, shed: bool) -> None:
+    scheduler = Scheduler(Bounds(shed_share=share))
+    submit(scheduler, request(A, deadline=30.0), request(B, arrived=now, deadline=now + 1.0))
+    plan = scheduler.next_batch(now)
+    assert plan is not None
+    assert (len(plan.jobs), plan.shed) == (2, shed)
+
+
+def test_a_job_in_a_hurry_sheds_nothing_for_others() -> None:
+    """Waits of up to half a second are no pressure, whatever a client says it has."""
+    scheduler = Scheduler(Bounds())
+    submit(scheduler, request(A, deadline=0.6), request(B, deadline=30.0))
+    plan = scheduler.next_batch(0.5)
+    assert plan is not None
+    assert not plan.shed
+    scheduler.complete(plan)
+    submit(scheduler, request(A, arrived=1.0, deadline=1.6))
+    plan = scheduler.next_batch(1.51)
+    assert plan is not None
+    assert plan.shed
+    submit(scheduler, command(C))
+    command_plan = scheduler.next_batch(1e9)
+    assert command_plan is not None
+    assert (command_plan.lane, command_plan.shed) == (None, False)
+
+
 class ListScheduler:
     """The same rules on one list of waiting jobs, searched from the front every time."""
 
@@ -306,13 +476,13 @@ class ListScheduler:
         self.expired: list[Job] = []
 
     def heads(self, taken: set[Stream]) -> list[Job]:
-        """The first waiting job of every stream that is neither busy nor taken."""
+        """The first waiting job of every stream that is neither busy nor taken, in the order of their turns."""
         seen, first = self.busy | taken, []
         for job in self.waiting:
             if job.stream not in seen:
                 first.append(job)
                 seen = seen | {job.stream}
-        return first
+        return sorted(first, key=lambda job: (job.arrived - job.head_start, job.number))
 
     def refuses(self, job: Job) -> bool:
         own = sum(one.stream is job.stream for one in self.waiting)
@@ -364,14 +534,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert job not in self.ends, f"a job that was {self.ends[job]} is now {how}"
         self.ends[job] = how
 
-    @rule(stream=st.integers(0, 3), rows=st.integers(1, 3), lane=st.integers(0, 1), patience=st.integers(0, 4))
-    def submit_request(self, stream: int, rows: int, lane: int, patience: int) -> None:
+    @rule(
+        stream=st.integers(0, 3),
+        rows=st.integers(1, 3),
+        lane=st.integers(0, 1),
+        patience=st.integers(0, 4),
+        priority=st.sampled_from([0, 0, 1, 3, 10]),
+    )
+    def submit_request(self, stream: int, rows: int, lane: int, patience: int, priority: int) -> None:
         deadline = self.now + patience if patience < 4 else float("inf")
-        self.submit(request(self.streams[stream], rows, LANES[lane], deadline))
+        self.submit(request(self.streams[stream], rows, LANES[lane], deadline, self.now, priority))
 
     @rule(stream=st.integers(0, 3))
     def submit_command(self, stream: int) -> None:
-        self.submit(command(self.streams[stream]))
+        job = command(self.streams[stream])
+        job.arrived = self.now
+        self.submit(job)
 
     def submit(self, job: Job) -> None:
         if self.model.refuses(job):

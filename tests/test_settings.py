@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,16 @@ from adapters.norm import NormPolicy
 from adapters.tent import Tent
 from tta_server.errors import BadInput, ConfigError
 from tta_server.policies import make_policy
-from tta_server.settings import InputSettings, LimitSettings, Settings, load_settings
+from tta_server.settings import (
+    AccessSettings,
+    InputSettings,
+    LimitSettings,
+    Right,
+    Settings,
+    TenantSettings,
+    load_access,
+    load_settings,
+)
 
 MODEL: dict[str, Any] = {"factory": "package.module:build", "weights": "w.safetensors", "input": {"shape": [3, 8, 8]}}
 
@@ -43,18 +53,32 @@ def test_a_config_of_the_least_that_is_needed(tmp_path: Path) -> None:
     assert (model.input.range, model.input.mean, model.input.std) == ((0.0, 1.0), (), ())
     assert settings.limits == LimitSettings()
     assert (settings.server.host, settings.server.port, settings.server.device) == ("127.0.0.1", 8000, "auto")
+    assert (settings.server.tls, settings.server.metrics) == (None, None)
+    assert (settings.auth.tokens, settings.auth.tenants, settings.auth.file) == ((), {}, None)
     assert (settings.streams.unknown_id, settings.streams.default) == ("create", None)
     assert settings.folder == tmp_path
 
 
 def test_every_value_can_be_set(tmp_path: Path) -> None:
     sections: dict[str, Any] = {
-        "server": {"host": "0.0.0.0", "port": 0, "device": "cpu", "seed": 3},
-        "limits": dict.fromkeys(LimitSettings.model_fields, 7),
+        "server": {
+            "host": "0.0.0.0",
+            "port": 0,
+            "tls": {"certificate": "c.pem", "key": "k.pem", "key_password": None, "client_ca": "ca.pem"},
+            "metrics": {"host": "::1", "port": 9},
+            "device": "cpu",
+            "seed": 3,
+        },
+        "auth": {
+            "tokens": ({"sha256": 64 * "a", "token": None, "tenant": "t", "rights": ("admin", "metrics")},),
+            "tenants": {"t": dict.fromkeys(TenantSettings.model_fields, 7)},
+            "file": "tokens.yaml",
+        },
+        "limits": dict.fromkeys(LimitSettings.model_fields, 7) | {"shed_share": 0.7},
         "streams": {"unknown_id": "refuse", "default": "shared"},
         "monitor": {"shadow_ratio": 1, "half_life": 2.5},
     }
-    settings = read(tmp_path, **sections)
+    settings = read(tmp_path, **json.loads(json.dumps(sections)))
     for name, values in sections.items():
         assert getattr(settings, name).model_dump() == values
 
@@ -139,7 +163,7 @@ def test_unknown_keys_are_refused(tmp_path: Path, content: Any, place: str) -> N
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "must be a mapping with the keys models, server, limits, streams, monitor"),
+        ("", "must be a mapping with the keys models, server, auth, limits, streams, monitor"),
         ("- a\n- b", "must be a mapping"),
         ("just text", "must be a mapping"),
         ("models: {m: [", "cannot read the config file"),
@@ -189,6 +213,120 @@ def test_inputs_that_contradict_themselves(tmp_path: Path, values: dict[str, Any
 def test_a_range_can_be_left_open(tmp_path: Path) -> None:
     model = MODEL | {"input": {"shape": [3], "range": None}}
     assert read(tmp_path, models={"m": model}).models["m"].input == InputSettings(shape=(3,), range=None)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"resize": 7}, "resize is for inputs [channels, height, width] and at least as large as both sides"),
+        ({"shape": [8], "resize": 8}, "got 8 for [8]"),
+        ({"shape": [3, 8, 16], "resize": 12}, "got 12 for [3, 8, 16]"),
+        ({"resize": 0}, "resize"),
+    ],
+    ids=str,
+)
+def test_resizing_has_to_leave_enough(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    content = {"models": {"m": MODEL | {"input": {"shape": [3, 8, 8]} | values}}}
+    message = fault(tmp_path, content)
+    assert "models.m.input" in message
+    assert said in message
+
+
+def test_the_metrics_have_a_port_of_their_own(tmp_path: Path) -> None:
+    """Where both are left to the system they get different ones."""
+    content = {"models": {"m": MODEL}, "server": {"port": 8000, "metrics": {"port": 8000}}}
+    assert "server: Value error, the metrics need a port of their own, got 8000 for both" in fault(tmp_path, content)
+    settings = read(tmp_path, server={"port": 0, "metrics": {"port": 0}}).server
+    assert settings.metrics is not None
+    assert settings.metrics.port == settings.port == 0
+
+
+# Tokens
+
+SECRET = "a-secret-of-somebodys"
+
+
+def access(folder: Path, text: str) -> AccessSettings:
+    path = folder / "tokens.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_access(path)
+
+
+def access_fault(folder: Path, text: str) -> str:
+    """The message with which a file of tokens is refused."""
+    with pytest.raises(ConfigError) as caught:
+        access(folder, text)
+    return str(caught.value)
+
+
+def test_a_file_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTA_TEST_TOKEN", SECRET)
+    read = access(
+        tmp_path, "tokens: [{token: '${TTA_TEST_TOKEN}', tenant: a}]\ntenants: {a: {requests_per_second: 0.5}}"
+    )
+    (token,) = read.tokens
+    assert token.token is not None
+    assert (token.token.get_secret_value(), token.sha256, token.tenant) == (SECRET, None, "a")
+    assert token.rights == (Right.PREDICT, Right.STREAMS)
+    assert read.tenants == {"a": TenantSettings(requests_per_second=0.5)}
+    assert SECRET not in repr(read)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"tokens: [{{token: {SECRET}, sha256: {64 * 'a'}}}]", "tokens.0: Value error, give either sha256 or token"),
+        ("tokens: [{tenant: a}]", "tokens.0: Value error, give either sha256 or token"),
+        (f"tokens: [{{token: {SECRET[:15]}}}]", "tokens.0.token: "),
+        (f"tokens: [{{sha256: {64 * 'A'}}}]", "tokens.0.sha256: "),
+        (f"tokens: [{{token: {SECRET}, rights: [root]}}]", "tokens.0.rights.0: "),
+        (f"tokens: [{{token: {SECRET}, tenant: a/b}}]", "tokens.0.tenant: "),
+        ("tenants: {a b: {}}", "tenants."),
+        ("tenants: {a: {streams: 0}}", "tenants.a.streams: Input should be greater than 0, got 0"),
+        ("tenants: {a: {requests_per_second: 0}}", "tenants.a.requests_per_second: "),
+        ("file: more.yaml", "file: Extra inputs are not permitted"),
+        (f"- token: {SECRET}", "must be a mapping with the keys tokens, tenants"),
+    ],
+)
+def test_files_of_tokens_that_do_not_fit(tmp_path: Path, text: str, said: str) -> None:
+    message = access_fault(tmp_path, text)
+    assert said in message
+    assert "secret" not in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"token: {SECRET}",
+        f"auth: {{tokens: [{{token: {SECRET}}}]}}",
+        f"tenants: {{a: {{token: {SECRET}}}}}",
+        f"tokens:\n- token: *{SECRET}",
+        f"tokens:\n- token: !{SECRET}",
+        f"tokens:\n- token: {SECRET}\n   tenant: a",
+        f"tokens:\n- token: '{SECRET}' b",
+    ],
+    ids=["by itself", "a whole section", "of a tenant", "alias", "tag", "indented", "quoted"],
+)
+def test_a_misplaced_token_does_not_get_into_the_message(tmp_path: Path, text: str) -> None:
+    """It ends up in the log: when the file is read again, and at the start."""
+    message = access_fault(tmp_path, text)
+    assert str(tmp_path / "tokens.yaml") in message
+    assert "secret" not in message
+
+
+@pytest.mark.parametrize(
+    "section", [{"token": SECRET}, [{"token": SECRET}], {"tenants": {"a": {"token": SECRET}}}], ids=str
+)
+def test_a_misplaced_token_of_the_config_does_not_either(tmp_path: Path, section: Any) -> None:
+    message = fault(tmp_path, {"models": {"m": MODEL}, "auth": section})
+    assert "  auth" in message
+    assert SECRET not in message
+
+
+@pytest.mark.parametrize("value", ["2024-13-45", "2024-02-30 10:00:00", "0b_", "0x_"])
+def test_values_that_yaml_cannot_make(tmp_path: Path, value: str) -> None:
+    """Its reader raises what Python raises for a date or number that there is not."""
+    assert "cannot read the config file" in access_fault(tmp_path, f"tokens: []\nday: {value}")
 
 
 @pytest.mark.parametrize("name", ["a b", "a/b", "", "a" * 129, "a\n"])

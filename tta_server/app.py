@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import ipaddress
 import logging
 import math
+import resource
 import signal
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,23 +19,30 @@ from typing import Any
 
 import uvicorn
 from fastapi import APIRouter, FastAPI, Response
+from starlette.datastructures import State
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import adapters
 from tta_server import __version__
+from tta_server.access import Access
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine
 from tta_server.engine.report import check_defaults, policy_report
 from tta_server.engine.source import SourceModel, choose_device, load_model
-from tta_server.http import problems, v1, v2
+from tta_server.errors import ConfigError
+from tta_server.http import infer, problems, streams, v1, v2
+from tta_server.http.guard import guarded, needs
+from tta_server.http.protocol import bounded
 from tta_server.http.schemas import REQUESTS
-from tta_server.metrics import PrometheusRecorder, Recorder
+from tta_server.metrics import PrometheusRecorder, Recorder, Recorders
 from tta_server.policies import make_policy, starting_settings
 from tta_server.runner import HANGS, Runner
 from tta_server.scheduler import Bounds, Scheduler
 from tta_server.service import Service
-from tta_server.settings import Settings
+from tta_server.settings import Right, Settings
 from tta_server.state.store import StateStore
+from tta_server.statistics import Statistics
+from tta_server.types import Call
 
 log = logging.getLogger(__name__)
 
@@ -41,21 +52,21 @@ def load_models(settings: Settings) -> dict[str, SourceModel]:
 
     Raises ``ConfigError``, ``BadInput`` or ``UnknownName``.
     """
-    device = choose_device(settings.server.device)
     for model in settings.models.values():
         for policy in {model.policy, *model.policies}:
             make_policy(policy, starting_settings(policy, model))
-    models = {name: load_model(name, settings, device) for name in settings.models}
-    return {
-        name: replace(model, reports={policy: policy_report(policy, model) for policy in adapters.policies()})
-        for name, model in models.items()
-    }
+    return {name: _load(settings, name) for name in settings.models}
+
+
+def _load(settings: Settings, name: str) -> SourceModel:
+    model = load_model(name, settings, choose_device(settings.server.device))
+    return replace(model, reports={policy: policy_report(policy, model) for policy in adapters.policies()})
 
 
 def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
     """The server as an ASGI application. Its lifespan starts the device thread, and drains it at the end.
 
-    Raises ``ConfigError`` for a model whose own policy cannot run on it.
+    Raises ``ConfigError`` for a model whose own policy cannot run on it, and for tokens that cannot be used.
     """
     check_defaults(models)
     limits = settings.limits
@@ -67,13 +78,19 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
             max_streams=limits.slots,
             per_stream=limits.queue_per_stream,
             in_all=limits.queue,
+            shed_share=limits.shed_share,
         )
     )
-    recorder = PrometheusRecorder(
-        {name: len(model.classes) for name, model in models.items()}, lambda: service.levels()
-    )
+    prometheus, statistics = PrometheusRecorder(lambda: service.levels()), Statistics()
+    recorder = Recorders(prometheus, statistics)
     runner = Runner(engine, scheduler, recorder)
-    service = Service(settings, models, runner)
+
+    def load(name: str) -> SourceModel:
+        model = _load(settings, name)
+        check_defaults({name: model})
+        return model
+
+    service = Service(settings, models, runner, Access(settings.auth, settings.folder), load)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -90,39 +107,113 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    operations = APIRouter(tags=["operations"])
+    operations = APIRouter(tags=["operations"], route_class=guarded(service))
 
     @operations.get("/metrics", response_class=Response)
+    @needs(Right.METRICS)
     async def metrics() -> Response:
         """Everything measured, in Prometheus' text format."""
-        return Response(recorder.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(prometheus.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    routers = (v1.router(service), v2.router(service), operations)
+    # In the order in which a request's path is looked up: predictions first.
+    routers = (
+        infer.router(service), streams.router(service), v1.router(service), v2.router(service, statistics), operations,
+    )  # fmt: skip
     for router in routers:
         app.include_router(router)
     app.state.service = service
     problems.install(app, [route for router in routers for route in router.routes])
     app.add_middleware(_Measured, recorder=recorder)
+    app.add_middleware(_MetricsApart, state=app.state)
     _correct_openapi(app)
     return app
 
 
+def check_exposure(settings: Settings, insecure: bool) -> None:
+    """Raises ``ConfigError`` where strangers could reach a server that asks nobody for a token."""
+    server, auth = settings.server, settings.auth
+    if insecure or auth.tokens or auth.file is not None:
+        return
+    hosts = [server.host] if server.metrics is None else [server.host, server.metrics.host]
+    for host in hosts:
+        if not _is_loopback(host):
+            raise ConfigError(
+                f"others can reach {host}, and anybody who does could use every stream: set auth.tokens or auth.file "
+                "(tta-server token makes a token), or start with --insecure if something else keeps strangers out"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def serve(app: FastAPI, settings: Settings) -> None:
-    """Runs ``app`` until it is told to stop; then answers or refuses what is under way, within the limits."""
+    """Runs ``app`` until it is told to stop; then answers or refuses what is under way, within the limits.
+
+    Raises ``ConfigError`` for certificates that cannot be used.
+    """
     # uvicorn raises the signal that ended it once more when it is done. Told to stop, it did: that is exit status 0.
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, lambda *_: None)
+    limits, tls = settings.limits, _tls(settings)
     config = uvicorn.Config(
         app,
         host=settings.server.host,
         port=settings.server.port,
+        http=bounded(limits),
+        ws="none",
         log_config=None,
         access_log=False,
+        server_header=False,
+        timeout_keep_alive=math.ceil(limits.idle_seconds),
         # Longer than the queue may take, so that every request gets its answer or its refusal.
-        timeout_graceful_shutdown=math.ceil(settings.limits.drain_seconds + HANGS) + 5,
+        timeout_graceful_shutdown=math.ceil(limits.drain_seconds + HANGS) + 5,
+        **tls,
     )
-    server = _Server(config, app.state.service)
-    server.run()
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"server.tls cannot be used: {error}") from error
+    _allow_connections(limits.connections)
+    # What is loaded by now stays: a collection of garbage need not look at it, and pause the server for that.
+    gc.collect()
+    gc.freeze()
+    sockets = None
+    if settings.server.metrics is not None:
+        apart = settings.server.metrics
+        own = uvicorn.Config(app, host=apart.host, port=apart.port, log_config=None, **tls)
+        sockets = [config.bind_socket(), own.bind_socket()]
+        app.state.metrics_port = sockets[1].getsockname()[1]
+    _Server(config, app.state.service).run(sockets)
+
+
+def _allow_connections(most: int) -> None:
+    """Asks the system for enough file descriptors, of which the usual 1024 are fewer than connections may be open."""
+    wanted = most + 256
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        log.warning("limits.connections = %d needs about %d file descriptors; ulimit -n allows %d", most, wanted, hard)
+
+
+def _tls(settings: Settings) -> dict[str, Any]:
+    """What uvicorn needs to know of it."""
+    tls = settings.server.tls
+    if tls is None:
+        return {}
+    chosen: dict[str, Any] = {
+        "ssl_certfile": settings.find(tls.certificate),
+        "ssl_keyfile": settings.find(tls.key),
+        "ssl_keyfile_password": None if tls.key_password is None else tls.key_password.get_secret_value(),
+    }
+    if tls.client_ca is not None:
+        chosen |= {"ssl_ca_certs": str(settings.find(tls.client_ca)), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return chosen
 
 
 class _Server(uvicorn.Server):
@@ -148,20 +239,36 @@ class _Measured:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status = time.monotonic(), 500
+        started, call = time.monotonic(), Call()
+        scope["call"] = call
 
         async def watched(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                call.code = message["status"]
             await send(message)
 
         try:
             await self._app(scope, receive, watched)
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
-            model = scope.get("state", {}).get("model", "")
-            self._recorder.request(model, route, status, time.monotonic() - started)
+            call.route = getattr(scope.get("route"), "path", "unmatched")
+            call.seconds = time.monotonic() - started
+            self._recorder.request(call)
+
+
+class _MetricsApart:
+    """Middleware that keeps ``/metrics``, where it has an address of its own, there and everything else off it."""
+
+    def __init__(self, app: ASGIApp, state: State) -> None:
+        self._app, self._state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        port = getattr(self._state, "metrics_port", None)
+        if scope["type"] == "http" and port is not None:
+            server = scope.get("server") or ("", None)
+            if (server[1] == port) != (scope["path"] == "/metrics"):
+                await problems.problem(404, f"no such path on this address: {scope['path']}")(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def _correct_openapi(app: FastAPI) -> None:
@@ -173,6 +280,8 @@ def _correct_openapi(app: FastAPI) -> None:
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{}, {"token": []}]
         components = document["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             components.pop(name, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -32,10 +34,14 @@ def serve(
     config: Config,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Serve others without asking for tokens; something else keeps order.")
+    ] = False,
 ) -> None:
     """Starts the server."""
     logs.configure()
     settings = _settings(config, host, port)
+    app.check_exposure(settings, insecure)
     application = app.create_app(settings, app.load_models(settings))
     app.serve(application, settings)
 
@@ -155,6 +161,14 @@ def policies() -> None:
         settings = ", ".join(f"{key}={one.get('default')}" for key, one in about["settings"]["properties"].items())
         table.add_row(name, about["scope"], ", ".join(about["needs"]) or "-", settings or "-", about["summary"])
     Console().print(table)
+
+
+@cli.command()
+def token() -> None:
+    """Makes a bearer token: for the client, and its SHA-256 for auth.tokens or the tokens file."""
+    made = secrets.token_urlsafe(32)
+    typer.echo(f"token:  {made}")
+    typer.echo(f"sha256: {hashlib.sha256(made.encode()).hexdigest()}")
 
 
 @cli.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tta_server.errors import Cancelled, DeadlineExceeded, TtaError
 from tta_server.runner import Runner
-from tta_server.types import Answer, Job, Lane, Stream
+from tta_server.types import Answer, Job, Lane, Stream, head_start
 
 Done = Callable[[Answer | None, Exception | None], None]
 
@@ -41,6 +42,7 @@ class Dispatcher:
     def __init__(self, runner: Runner, longest_wait: float) -> None:
         """``longest_wait``: seconds that a request may wait for its turn."""
         self._runner, self._longest_wait = runner, longest_wait
+        self._mailbox = _Mailbox()
 
     def launch(
         self,
@@ -48,11 +50,13 @@ class Dispatcher:
         lane: Lane,
         x: Tensor,
         timeout: float | None,
+        priority: int = 0,
         settled: Callable[[Answer | None], None] = lambda answer: None,
     ) -> Flight:
         """Queues a request; ``settled`` is called on the loop when it ends, with its answer if there is one.
 
-        ``timeout`` (seconds) may shorten the longest wait. Raises ``QueueFull`` or ``Unavailable``.
+        ``timeout`` (seconds) may shorten the longest wait; ``priority`` as in :func:`types.head_start`. Raises
+        ``QueueFull`` or ``Unavailable``.
         """
         loop = asyncio.get_running_loop()
         wait = self._longest_wait if timeout is None else min(timeout, self._longest_wait)
@@ -78,7 +82,14 @@ class Dispatcher:
             if self._runner.cancel(job):
                 finish(None, Cancelled("the client went away"))
 
-        job = Job(stream, _on(loop, finish), lane, x, deadline=time.monotonic() + wait)
+        job = Job(
+            stream,
+            self._mailbox.address(loop, finish),
+            lane,
+            x,
+            deadline=time.monotonic() + wait,
+            head_start=head_start(priority),
+        )
         flight = Flight(loop.create_future(), abandon)
         self._runner.submit(job)
         timer = loop.call_later(wait, expire)
@@ -93,7 +104,7 @@ class Dispatcher:
             if not future.done():
                 future.set_result(None) if error is None else future.set_exception(error)
 
-        self._runner.submit(Job(stream, _on(loop, finish), command=command))
+        self._runner.submit(Job(stream, self._mailbox.address(loop, finish), command=command))
         return future
 
 
@@ -101,10 +112,30 @@ def _nothing() -> None:
     pass
 
 
-def _on(loop: asyncio.AbstractEventLoop, done: Done) -> Done:
-    """``done``, to be called from any thread, run on the loop."""
+class _Mailbox:
+    """From other threads to the event loop: what they leave while it is busy costs it one wake-up, not one each."""
 
-    def call(answer: Answer | None, error: Exception | None) -> None:
-        loop.call_soon_threadsafe(done, answer, error)
+    def __init__(self) -> None:
+        self._letters: deque[tuple[Done, Answer | None, Exception | None]] = deque()
+        self._woken = False
 
-    return call
+    def address(self, loop: asyncio.AbstractEventLoop, done: Done) -> Done:
+        """``done``, to be called from any thread, run on the loop."""
+
+        def call(answer: Answer | None, error: Exception | None) -> None:
+            self._letters.append((done, answer, error))
+            if not self._woken:
+                self._woken = True
+                loop.call_soon_threadsafe(self._deliver)
+
+        return call
+
+    def _deliver(self) -> None:
+        self._woken = False  # before looking: a letter that comes in between wakes the loop again
+        try:
+            while self._letters:
+                done, answer, error = self._letters.popleft()
+                done(answer, error)
+        finally:
+            if self._letters:  # one of them raised
+                asyncio.get_running_loop().call_soon(self._deliver)

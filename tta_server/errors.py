@@ -6,11 +6,14 @@
     ├── ConfigError              the config file, the model it names, or the environment
     ├── BadInput                 the request's tensors or parameters; the message says expected and got
     ├── TooLarge                 a limit on size; the message names the setting
+    ├── TooSlow                  a limit on the time a request may take to arrive; likewise
     ├── UnsupportedEncoding      a compressed body
+    ├── Unauthenticated          no token, or one nobody has
+    ├── Forbidden                a token without the right that the call needs
     ├── UnknownName              no such model, policy or stream
     ├── Conflict                 the request is sound but does not fit what is there
     ├── QueueFull                a bounded queue or quota; try again after ``retry_after`` seconds
-    ├── Unavailable              loading or draining; likewise
+    ├── Unavailable              loading, unloaded or draining; likewise
     ├── DeadlineExceeded         waited too long in the queue; never adapted
     ├── Cancelled                the client went away before its turn
     └── StepFailed               the model or the policy failed on this request; its stream is unchanged
@@ -35,8 +38,20 @@ class TooLarge(TtaError):
     """A request beyond a size limit."""
 
 
+class TooSlow(TtaError):
+    """A request that did not arrive in time."""
+
+
 class UnsupportedEncoding(TtaError):
     """A body in an encoding that is not taken."""
+
+
+class Unauthenticated(TtaError):
+    """A request without a token, or with one that nobody has."""
+
+
+class Forbidden(TtaError):
+    """A request whose token does not have the right it needs."""
 
 
 class UnknownName(TtaError):
@@ -50,12 +65,14 @@ class Conflict(TtaError):
 class QueueFull(TtaError):
     """A bounded resource is used up for now."""
 
-    retry_after = 1
-    """Seconds after which a new attempt is sensible."""
+    def __init__(self, text: str, retry_after: int = 1) -> None:
+        """``retry_after``: seconds after which a new attempt is sensible."""
+        super().__init__(text)
+        self.retry_after = retry_after
 
 
 class Unavailable(TtaError):
-    """The server is not taking requests: still loading, or draining."""
+    """The server, or the model, is not taking requests: loading, unloaded, or draining."""
 
     retry_after = 5
     """Seconds after which a new attempt is sensible."""

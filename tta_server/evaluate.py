@@ -242,7 +242,7 @@ class _Run:
             raise ConfigError(f"policy {self.name!r} cannot run on model {self._model.name!r}: {error}") from error
         stream = self._new_stream()
         self._request(engine, stream, x)
-        engine.drop(stream)
+        engine.drop(stream.lane, stream)
 
     def serve(self, engine: Engine, turn: int, batch: Rows, x: Tensor, labels: Labels) -> None:
         """One request of the pass ``turn``: the rows ``batch [B, 2]`` with inputs ``x [B, ...]`` and ``labels [B]``."""

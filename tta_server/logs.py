@@ -27,5 +27,7 @@ def configure(level: str = "INFO") -> None:
             },
             "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
             "root": {"level": level, "handlers": ["stderr"]},
+            # It warns of every malformed form: clients could fill the log.
+            "loggers": {"python_multipart": {"level": "ERROR"}},
         }
     )

@@ -27,7 +27,7 @@ from prometheus_client.registry import Collector
 from torch import Tensor
 
 from tta_server import __version__
-from tta_server.types import AGREEMENT, DRIFT, StepStats
+from tta_server.types import AGREEMENT, DRIFT, Call, StepStats
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 RATIO = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -41,8 +41,25 @@ class Recorder(Protocol):
     def step(self, stats: StepStats) -> None:
         """An engine step is over."""
 
-    def request(self, model: str, route: str, code: int, seconds: float) -> None:
-        """An HTTP request was answered; ``model`` is empty where it concerns none."""
+    def request(self, call: Call) -> None:
+        """An HTTP request was answered."""
+
+
+class Recorders:
+    """Tells several recorders."""
+
+    def __init__(self, *recorders: Recorder) -> None:
+        self._recorders = recorders
+
+    def step(self, stats: StepStats) -> None:
+        """See :class:`Recorder`."""
+        for recorder in self._recorders:
+            recorder.step(stats)
+
+    def request(self, call: Call) -> None:
+        """See :class:`Recorder`."""
+        for recorder in self._recorders:
+            recorder.request(call)
 
 
 @dataclass(frozen=True)
@@ -62,9 +79,8 @@ class Levels:
 class PrometheusRecorder:
     """Keeps the metrics in a registry of its own."""
 
-    def __init__(self, classes: dict[str, int], levels: Callable[[], Levels]) -> None:
-        """``classes``: number of classes by model, for the scale of entropy; ``levels`` is called at every scrape."""
-        self._log_classes = {model: math.log(count) for model, count in classes.items()}
+    def __init__(self, levels: Callable[[], Levels]) -> None:
+        """``levels`` is called at every scrape."""
         disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for every one, which nothing here reads
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
@@ -97,7 +113,7 @@ class PrometheusRecorder:
         self._steps = counter(
             "tta_adaptation_steps",
             "Adaptation steps of streams: applied; rejected_nonfinite (state or scores were not finite, nothing kept); "
-            "failed (an error after the answer, nothing kept).",
+            "failed (an error after the answer, nothing kept); shed (under pressure, not taken).",
             ["policy", "result"],
         )
         self._confidence = RowHistogram(
@@ -139,7 +155,7 @@ class PrometheusRecorder:
         self._batch_rows.labels(model).observe(rows)
         self._predictions.labels(model, policy).inc(rows)
         self._confidence.observe(model, torch.cat([job.confidence for job in stats.jobs]))
-        self._entropy.observe(model, torch.cat([job.entropy for job in stats.jobs]) / self._log_classes[model])
+        self._entropy.observe(model, torch.cat([job.entropy for job in stats.jobs]) / math.log(stats.classes))
         for job in stats.jobs:
             self._queue_seconds.labels(model).observe(job.queue_seconds)
             if job.result != "none":
@@ -149,10 +165,10 @@ class PrometheusRecorder:
             if AGREEMENT in job.signals:
                 self._agreement.labels(model).observe(job.signals[AGREEMENT])
 
-    def request(self, model: str, route: str, code: int, seconds: float) -> None:
+    def request(self, call: Call) -> None:
         """See :class:`Recorder`."""
-        self._requests.labels(model, route, code).inc()
-        self._request_seconds.labels(model, route).observe(seconds)
+        self._requests.labels(call.model, call.route, call.code).inc()
+        self._request_seconds.labels(call.model, call.route).observe(call.seconds)
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -43,14 +43,23 @@ class Runner:
         """Jobs in the queues."""
         return len(self._scheduler)
 
+    def check_room(self, wait: float) -> None:
+        """Raises ``Unavailable`` or ``QueueFull`` where a request that may wait so long would be refused now."""
+        with self._changed:
+            self._check_admitting()
+            self._scheduler.check_room(wait)
+
     def submit(self, job: Job) -> None:
         """Queues a job. Raises ``QueueFull`` or, once draining, ``Unavailable``; then ``done`` is not called."""
         with self._changed:
-            if not self._admitting:
-                raise Unavailable("the server is shutting down; try another instance, or again in a moment")
+            self._check_admitting()
             job.arrived = self._clock()
             self._scheduler.submit(job)
             self._changed.notify_all()
+
+    def _check_admitting(self) -> None:
+        if not self._admitting:
+            raise Unavailable("the server is shutting down; try another instance, or again in a moment")
 
     def cancel(self, job: Job) -> bool:
         """Takes a waiting job back, whose ``done`` is then not called; False when it runs already or is done."""
@@ -91,8 +100,11 @@ class Runner:
             if plan is None and not expired:
                 return
             if plan is not None:
+                started = self._clock()
                 self._run_plan(plan)
                 with self._changed:
+                    if plan.lane is not None:
+                        self._scheduler.ran(plan, self._clock() - started)
                     self._scheduler.complete(plan)
                     self._changed.notify_all()
 

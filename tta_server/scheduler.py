@@ -6,18 +6,26 @@ lock if they share it. Invariants, checked by ``tests/test_scheduler.py``:
 - a stream has at most one job in running plans, and its jobs run in the order they were submitted;
 - a plan holds jobs of one lane, each of another stream, at most ``max_rows`` rows together (one job may exceed it), and
   one job of a lane whose streams do not merge;
-- among lanes the one whose oldest ready job came first goes first, so no lane starves;
+- among lanes the one whose oldest ready job came first goes first, so no lane starves; a job's priority moves it by
+  seconds, not to the head;
+- a plan is shed (see ``types.Plan``) before its jobs come too late to be answered;
 - what was cancelled or expired never runs; the expired are handed out once, by :meth:`expired`.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from dataclasses import dataclass
 
 from tta_server.errors import QueueFull
 from tta_server.types import Job, Lane, Plan, Stream
+
+SURE = 0.8
+"""Part of the time a job may wait that it may be expected to: pace is an estimate, and steps differ."""
+PATIENT = 0.5
+"""Seconds of waiting that never shed adaptation, so that a client in a hurry does not decide for the others."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,8 @@ class Bounds:
     """Streams in one plan; no more than a lane has slots."""
     per_stream: int = 64
     in_all: int = 4096
+    shed_share: float = 0.5
+    """Adaptation is shed where the oldest job of a plan has waited more than this share of what it may."""
 
 
 class Scheduler:
@@ -38,10 +48,11 @@ class Scheduler:
         self.bounds = bounds
         self._queues: dict[Stream, deque[Job]] = {}
         self._busy: set[Stream] = set()
-        # Ready streams by the lane of their first job, as heaps of (job number, stream's first job).
-        self._ready: dict[Lane | None, list[tuple[int, Job]]] = {}
+        # Ready streams by the lane of their first job, as heaps of (rank, stream's first job).
+        self._ready: dict[Lane | None, list[tuple[tuple[float, int], Job]]] = {}
         self._expired: list[Job] = []
         self._waiting = 0
+        self._pace = 0.0
 
     def __len__(self) -> int:
         """Jobs that wait."""
@@ -52,14 +63,36 @@ class Scheduler:
         """Nothing waits and nothing runs."""
         return not self._waiting and not self._busy
 
+    @property
+    def expected_wait(self) -> float:
+        """Seconds until a job submitted now would run, going by the pace of late; what runs now counts as waiting."""
+        return (self._waiting + len(self._busy)) * self._pace
+
+    def ran(self, plan: Plan, seconds: float) -> None:
+        """Tells how long a plan took: the pace is a moving average over jobs, with a half-life of about 20."""
+        each, keep = seconds / len(plan.jobs), 0.966 ** len(plan.jobs)
+        self._pace = keep * self._pace + (1 - keep) * each if self._pace else each
+
+    def check_room(self, wait: float) -> None:
+        """Raises ``QueueFull``, naming the setting, where a job that may wait so many seconds would wait in vain."""
+        if self._waiting >= self.bounds.in_all:
+            raise QueueFull(
+                f"{self._waiting} requests wait already; the limit is limits.queue = {self.bounds.in_all}",
+                math.ceil(self.expected_wait / 2) or 1,
+            )
+        expected = self.expected_wait
+        if expected > SURE * max(wait, 0.0):
+            raise QueueFull(
+                f"{self._waiting} requests wait and {len(self._busy)} run, which takes about {expected:.1f} s; this "
+                f"one may wait {max(wait, 0.0):.3g} s (its timeout, or limits.queue_seconds)",
+                math.ceil(expected - SURE * max(wait, 0.0)),
+            )
+
     def submit(self, job: Job) -> None:
         """Queues ``job`` behind its stream's others. Raises ``QueueFull``, naming the setting; commands always fit."""
         queue = self._queues.get(job.stream)
         if job.command is None:
-            if self._waiting >= self.bounds.in_all:
-                raise QueueFull(
-                    f"{self._waiting} requests wait already; the limit is limits.queue = {self.bounds.in_all}"
-                )
+            self.check_room(job.deadline - job.arrived)
             if queue is not None and len(queue) >= self.bounds.per_stream:
                 raise QueueFull(
                     f"{len(queue)} requests of stream {job.stream.id!r} wait already; the limit is "
@@ -82,7 +115,7 @@ class Scheduler:
         self._waiting -= 1
         if first:
             heap = self._ready[job.lane]
-            heap.remove((job.number, job))
+            heap.remove((job.rank, job))
             heapq.heapify(heap)
             if not heap:
                 del self._ready[job.lane]
@@ -96,8 +129,12 @@ class Scheduler:
             jobs = self._take(lane, now)
             if jobs:
                 self._busy.update(job.stream for job in jobs)
-                return Plan(lane, jobs)
+                return Plan(lane, jobs, self._is_late(jobs[0], now))
         return None
+
+    def _is_late(self, job: Job, now: float) -> bool:
+        waited = now - job.arrived
+        return waited > PATIENT and waited > self.bounds.shed_share * (job.deadline - job.arrived)
 
     def complete(self, plan: Plan) -> None:
         """The plan is over: its streams' next jobs become ready."""
@@ -146,4 +183,4 @@ class Scheduler:
             del self._queues[stream]
 
     def _make_ready(self, job: Job) -> None:
-        heapq.heappush(self._ready.setdefault(job.lane, []), (job.number, job))
+        heapq.heappush(self._ready.setdefault(job.lane, []), (job.rank, job))

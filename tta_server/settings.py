@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
+from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from torch import Tensor
 
 from tta_server.errors import ConfigError, UnknownName
 
 NAME = r"[A-Za-z0-9._:-]{1,128}"
 """Pattern of the names that go into URLs: stream ids and models."""
+
+_part = reprlib.Repr()
+"""Shows a part of what may be large."""
+_part.maxstring = _part.maxother = 80
+
+_SECRET = {"auth", "tokens", "token"}
+"""Places in a config whose values are in no message."""
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -25,6 +35,9 @@ Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=_Settings)
 
 
 class InputSettings(_Settings):
@@ -105,13 +118,14 @@ class LimitSettings(_Settings):
     json_depth: Annotated[int, Field(gt=0, le=1000)] = 100
     """Deepest nesting of a JSON document."""
     image_pixels: Positive = 2**25
-    """Most pixels of one PNG or JPEG image, seen from its header before it is decoded."""
+    """Most pixels of the PNG and JPEG images of a request together, seen from their headers before one is decoded."""
     header_bytes: Positive = 64 * 2**10
     """Largest request line and headers together."""
     header_seconds: Seconds = 10.0
-    """Longest time from a request's first byte to the end of its headers."""
+    """Longest time from a request's first byte to the end of its headers, and for what is left of a body that was
+    refused before it was all there."""
     body_seconds: Seconds = 60.0
-    """Longest time for a request's body to arrive."""
+    """Longest time for a request's body to arrive, and for a client to take an answer."""
     idle_seconds: Seconds = 75.0
     """How long a connection may stay open between two requests."""
     connections: Positive = 2000
@@ -124,9 +138,9 @@ class LimitSettings(_Settings):
     """Most requests waiting in all."""
     queue_per_stream: Positive = 64
     """Most requests of one stream waiting."""
-    shed_queue: Positive = 256
-    """While more requests than this wait, steps end with their answers: streams are served as adapted so far, and adapt
-    no further."""
+    shed_share: float = Field(default=0.5, gt=0, le=1)
+    """Where a request had to wait more than this share of the time it may, its step ends with the answer: streams are
+    served as adapted so far, and learn nothing. 1: never."""
     queue_seconds: Seconds = 30.0
     """Longest wait before a request is answered 504; a request may shorten it."""
     drain_seconds: Seconds = 10.0
@@ -159,11 +173,105 @@ class MonitorSettings(_Settings):
     """Of the moving averages per stream, in measured requests."""
 
 
+class Right(StrEnum):
+    """What a token may do. Listing policies and models needs any token, asking for health none."""
+
+    PREDICT = "predict"
+    """Send prediction requests; over V2 also open and close streams with them."""
+    STREAMS = "streams"
+    """Create, list, change, reset and delete the tenant's streams."""
+    ADMIN = "admin"
+    """Load and unload models."""
+    METRICS = "metrics"
+    """Read the metrics and statistics of all tenants."""
+
+
+class TokenSettings(_Settings):
+    """One bearer token, as itself or as its SHA-256. ``tta-server token`` makes both."""
+
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Hex digest of the token: for files."""
+    token: SecretStr | None = Field(default=None, min_length=16)
+    """The token: for ``${VARIABLE}``."""
+    tenant: Name = "default"
+    """Whose it is. A tenant's streams do not exist for another."""
+    rights: tuple[Right, ...] = Field(default=(Right.PREDICT, Right.STREAMS), min_length=1)
+    """What it may do: ``predict``, ``streams``, ``admin``, ``metrics``."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenSettings:
+        if (self.sha256 is None) == (self.token is None):
+            raise ValueError("give either sha256 or token")
+        token = "" if self.token is None else self.token.get_secret_value()
+        if not (token.isascii() and token.isprintable()) or " " in token:
+            raise ValueError("a token is of printable ASCII characters without spaces")
+        return self
+
+
+class TenantSettings(_Settings):
+    """What one tenant may use; ``null``: whatever there is."""
+
+    requests_per_second: float | None = Field(default=None, gt=0)
+    """Of all its calls, on average; up to one second's worth may come at once."""
+    concurrent: Positive | None = None
+    """Most of its calls at the same time."""
+    streams: Positive | None = None
+    """Most streams it has open."""
+    state_bytes: Positive | None = None
+    """Most bytes that the states of its open streams may take together, each counted in full from the start."""
+
+
+class AccessSettings(_Settings):
+    """Tokens and tenants. The content of ``auth.file``, too."""
+
+    tokens: tuple[TokenSettings, ...] = ()
+    """Who may come in. With none at all everybody may, as the tenant ``default`` and with every right."""
+    tenants: dict[Name, TenantSettings] = {}
+    """Limits by tenant."""
+
+
+class AuthSettings(AccessSettings):
+    """Who may do what."""
+
+    file: str | None = None
+    """A YAML file with more ``tokens`` and ``tenants``, read again when it changes; beside the config file."""
+
+
+class TlsSettings(_Settings):
+    """Certificates, as files beside the config file."""
+
+    certificate: str
+    """PEM: the server's certificate, and its chain."""
+    key: str
+    """PEM: the certificate's private key."""
+    key_password: SecretStr | None = None
+    """Of the key, if it has one."""
+    client_ca: str | None = None
+    """PEM: when set, clients must show a certificate signed by one of these."""
+
+
+class MetricsSettings(_Settings):
+    """An address of its own for ``/metrics``, which the main one then does not have."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(ge=0, le=65535)
+
+
 class ServerSettings(_Settings):
     """Where the server listens."""
 
     host: str = "127.0.0.1"
+    """An address that others can reach needs ``auth.tokens``, or ``--insecure``."""
     port: int = Field(default=8000, ge=0, le=65535)
+    tls: TlsSettings | None = None
+    metrics: MetricsSettings | None = None
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> ServerSettings:
+        if self.metrics is not None and self.port and self.metrics.port == self.port:
+            raise ValueError(f"the metrics need a port of their own, got {self.port} for both")
+        return self
+
     device: str = "auto"
     """``cpu``, ``cuda``, ``cuda:1``, or ``auto``: CUDA where there is any."""
     seed: int = 0
@@ -175,6 +283,7 @@ class Settings(_Settings):
 
     models: dict[Name, ModelSettings] = Field(min_length=1)
     server: ServerSettings = ServerSettings()
+    auth: AuthSettings = AuthSettings()
     limits: LimitSettings = LimitSettings()
     streams: StreamSettings = StreamSettings()
     monitor: MonitorSettings = MonitorSettings()
@@ -210,16 +319,32 @@ _Loader.add_implicit_resolver(
 
 def load_settings(path: Path) -> Settings:
     """Reads a config file. Raises ``ConfigError`` with every fault found in it, each with its place in the file."""
+    return _read(path, Settings, folder=path.parent)
+
+
+def load_access(path: Path) -> AccessSettings:
+    """Reads a file of tokens and tenants. Raises ``ConfigError`` likewise; tokens are not in it."""
+    return _read(path, AccessSettings)
+
+
+def _read(path: Path, kind: type[S], **more: Any) -> S:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the config file {path}: {error}") from error
-    if not isinstance(raw, dict) or "folder" in raw:
-        raise ConfigError(f"the config file {path} must be a mapping with the keys {', '.join(_keys(Settings))}")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {_problem(error)}") from error
+    if not isinstance(raw, dict) or raw.keys() & more.keys():
+        raise ConfigError(f"the config file {path} must be a mapping with the keys {', '.join(_keys(kind))}")
     try:
-        return Settings.model_validate({**_substitute(raw, path), "folder": path.parent})
+        return kind.model_validate({**_substitute(raw, path), **more})
     except ValidationError as error:
         raise ConfigError(f"the config file {path} does not fit:\n{explain(error)}") from error
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong, without the line itself: there may be a token in it."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{type(error).__name__} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    return str(error)
 
 
 def parse_value(text: str) -> Any:
@@ -240,12 +365,17 @@ def choose_model(settings: Settings, wanted: str | None) -> str:
     return wanted or names[0]
 
 
-def explain(error: ValidationError) -> str:
-    """The faults of a pydantic error as lines of ``place: what was wrong, got value``."""
+def _dotted(place: Sequence[int | str]) -> str:
+    return ".".join(str(part) for part in place) or "(top)"
+
+
+def explain(error: ValidationError, name: Callable[[Sequence[int | str]], str] = _dotted) -> str:
+    """The faults of a pydantic error as lines of ``place: what was wrong, got value``; ``name`` writes the places."""
     lines = []
     for fault in error.errors():
-        place = ".".join(str(part) for part in fault["loc"]) or "(top)"
-        got = "" if fault["type"] == "missing" else f", got {fault['input']!r:.80}"
+        place = name(fault["loc"])
+        told = fault["type"] != "missing" and _SECRET.isdisjoint(fault["loc"])
+        got = f", got {_part.repr(fault['input'])}" if told else ""
         lines.append(f"  {place}: {fault['msg']}{got}")
     return "\n".join(lines)
 

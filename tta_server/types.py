@@ -25,6 +25,8 @@ class Lane(NamedTuple):
 
     model: str
     policy: Policy
+    digest: str = ""
+    """The source's. After a model was replaced by another under its name, the states of both are kept apart by it."""
 
     @property
     def merges(self) -> bool:
@@ -37,9 +39,9 @@ class Stream:
     """One client's ordered sequence of requests.
 
     Compared by identity: a stream that was deleted and one later opened under the same ``id`` are two. The service
-    changes ``adapt`` and ``last_seen``; ``version`` (number of committed steps since the start or the last reset),
-    ``requests`` (answered so far) and ``adapted`` (how many of these by its policy, not the plain source model) are
-    changed by the device thread alone.
+    changes ``policy``, ``digest``, ``adapt`` and ``last_seen``; ``version`` (number of committed steps since the start
+    or the last reset), ``requests`` (answered so far) and ``adapted`` (how many of these by its policy, not the plain
+    source model) are changed by the device thread alone.
     """
 
     id: str
@@ -48,11 +50,18 @@ class Stream:
     random_key: int
     created: float
     """Unix time, seconds."""
+    digest: str = ""
+    """Of the source that its state belongs to."""
     adapt: bool = True
     last_seen: float = 0.0
     version: int = 0
     requests: int = 0
     adapted: int = 0
+
+    @property
+    def lane(self) -> Lane:
+        """Where its next request goes while it adapts."""
+        return Lane(self.model, self.policy, self.digest)
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ class Answer:
     adapted: bool
     """Whether the stream's policy answered, not the plain source model."""
     policy: str
+    shed: bool
+    """Whether the step ends here, since the server is under pressure: nothing is learned from this request."""
     entropy: Tensor
     """``[N]``, nats, of the served softmax."""
     confidence: Tensor
@@ -77,6 +88,15 @@ class Answer:
     queue_seconds: float
     inference_seconds: float
     """From the start of the step that answered to the scores being there."""
+
+
+def head_start(priority: int) -> float:
+    """Seconds that a request of this priority gains over one of the default, 2; 0 stands for that.
+
+    Priority 1 goes ahead of what came up to a second earlier, 3 behind what comes up to a second later, and so on up to
+    10. So nothing waits forever, whatever the others ask for.
+    """
+    return 2.0 - min(priority, 10) if priority else 0.0
 
 
 @dataclass(eq=False)
@@ -95,7 +115,14 @@ class Job:
     command: Callable[[], None] | None = None
     deadline: float = float("inf")
     arrived: float = 0.0
+    head_start: float = 0.0
+    """Seconds by which it goes ahead of other streams' requests, see :func:`head_start`."""
     number: int = field(default_factory=lambda: next(_job_numbers))
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """The lowest goes first."""
+        return self.arrived - self.head_start, self.number
 
     @property
     def rows(self) -> int:
@@ -108,6 +135,8 @@ class Plan:
 
     lane: Lane | None
     jobs: list[Job]
+    shed: bool = False
+    """Under pressure: the step ends with its answers, and nothing is learned."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +149,7 @@ class JobStats:
     entropy: Tensor
     confidence: Tensor
     result: str
-    """``applied``, ``rejected_nonfinite``, ``failed``, or ``none`` where the lane keeps no state."""
+    """``applied``, ``rejected_nonfinite``, ``failed``, ``shed``, or ``none`` where the lane keeps no state."""
     signals: dict[str, float] = field(default_factory=dict)
     """The policy's signals and, on sampled steps, ``bn_distance`` and ``agreement``."""
 
@@ -130,7 +159,25 @@ class StepStats:
     """What one engine step did, for the recorder. Durations in seconds; a phase that did not run is 0."""
 
     lane: Lane
+    classes: int
+    """Of the model."""
     jobs: list[JobStats]
     forward_seconds: float
     adapt_seconds: float
     shadow_seconds: float
+
+
+@dataclass(slots=True)
+class Call:
+    """How one HTTP request went, for the recorder; filled in on its way. Durations in seconds."""
+
+    model: str = ""
+    """Empty where it concerns none."""
+    predicts: bool = False
+    route: str = ""
+    """The path's template."""
+    code: int = 500
+    seconds: float = 0.0
+    """From its arrival to the last byte of the answer."""
+    decode_seconds: float = 0.0
+    encode_seconds: float = 0.0

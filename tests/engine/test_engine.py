@@ -13,9 +13,12 @@ from torch import Tensor
 from adapters import Policy, policies
 from adapters.base import Scope
 from adapters.eata import Eata
+from adapters.norm import NormPolicy
 from adapters.rmt import Rmt
+from adapters.sar import Sar
 from adapters.source import SourcePolicy
 from adapters.tent import Tent
+from tests.serving import same_state
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine, initial_state
 from tta_server.engine.source import SourceModel, load_model
@@ -39,7 +42,9 @@ def make_engine(model: SourceModel, shadow_ratio: float = 0.0) -> Engine:
     return Engine({model.name: model}, StateStore(64, torch.device("cpu")), Monitor(20.0), shadow_ratio)
 
 
-def step(engine: Engine, lane: Lane, requests: list[tuple[Stream, Tensor]]) -> tuple[list[Answer], StepStats]:
+def step(
+    engine: Engine, lane: Lane, requests: list[tuple[Stream, Tensor]], shed: bool = False
+) -> tuple[list[Answer], StepStats]:
     """One engine step over these requests; its answers in their order."""
     answers: dict[Stream, Answer] = {}
 
@@ -47,7 +52,8 @@ def step(engine: Engine, lane: Lane, requests: list[tuple[Stream, Tensor]]) -> t
         assert isinstance(result, Answer)
         answers[job.stream] = result
 
-    stats = engine.step(Plan(lane, [Job(stream, lambda *_: None, lane, x) for stream, x in requests]), answer)
+    jobs = [Job(stream, lambda *_: None, lane, x) for stream, x in requests]
+    stats = engine.step(Plan(lane, jobs, shed), answer)
     return [answers[stream] for stream, _ in requests], stats
 
 
@@ -203,3 +209,132 @@ def test_a_tent_stream_of_resnet20_weighs_three_floats_a_value(tmp_path: Path) -
     size = Layout(initial_state(Tent(), model)).bytes
     assert size == 3 * 4 * 1_376 + 8
     assert size <= 4 * 4 * model.adaptable_values + 1024
+
+
+# Shedding
+
+
+@pytest.mark.parametrize("policy", [Tent(), Tent(window=4), NormPolicy(mode="running", alpha=0.3)], ids=str)
+def test_a_shed_step_answers_the_same_and_leaves_no_trace(digits: SourceModel, policy: Policy) -> None:
+    """State, version and window stay, nothing is compared with the source, and the next step is as if it never was."""
+    lane, generator = Lane("digits", policy), torch.Generator().manual_seed(0)
+    requests = [torch.rand(6, 1, 8, 8, generator=generator) for _ in range(3)]
+    scores: list[list[Tensor]] = []
+    for shed in (False, True):
+        engine, stream = make_engine(digits, shadow_ratio=1.0), make_stream("a", policy)
+        step(engine, lane, [(stream, requests[0])])
+        before, version = engine.store.export(lane, stream), stream.version
+        if shed:
+            for _ in range(2):
+                (answer,), stats = step(engine, lane, [(stream, requests[1])], shed=True)
+                assert (answer.shed, answer.adapted, answer.version) == (True, True, version)
+            assert same_state(engine.store.export(lane, stream), before)
+            assert stream.version == version
+            (job,) = stats.jobs
+            assert job.result == "shed"
+            assert job.signals.keys() == {"entropy", "confidence"}
+            assert stats.shadow_seconds == 0.0
+            engine.store.check_integrity()
+        scores.append([step(engine, lane, [(stream, x)])[0][0].logits for x in requests[1:]])
+    assert all(torch.equal(one, other) for one, other in zip(*scores, strict=True))
+
+
+def test_there_is_nothing_to_shed_where_nothing_is_learned(digits: SourceModel) -> None:
+    """The answers are the usual ones; only the comparison with the source is left out."""
+    engine, x = make_engine(digits, shadow_ratio=1.0), torch.rand(8, 1, 8, 8)
+    for policy in (SourcePolicy(), NormPolicy()):
+        lane, stream = Lane("digits", policy), make_stream(policy.name, policy)
+        (answer,), stats = step(engine, lane, [(stream, x)], shed=True)
+        assert (answer.shed, stats.jobs[0].result, stats.shadow_seconds) == (False, "none", 0.0)
+        assert DRIFT not in stats.jobs[0].signals
+        _, stats = step(engine, lane, [(stream, x)])
+        assert DRIFT in stats.jobs[0].signals
+
+
+# Moves
+
+
+def moved(digits: SourceModel, policy: Policy, new: Policy, steps: int = 2) -> tuple[Engine, Stream, bool]:
+    """A stream of ``policy`` that took some steps and was then moved to ``new``."""
+    engine, stream = make_engine(digits, shadow_ratio=1.0), make_stream("a", policy)
+    for seed in range(steps):
+        x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+        step(engine, stream.lane, [(stream, x)])
+    old, stream.policy = stream.lane, new
+    kept = engine.move(old, stream.lane, stream)
+    engine.store.check_integrity()
+    assert not engine.store.has_lane(old)
+    return engine, stream, kept
+
+
+@pytest.mark.parametrize(
+    ("policy", "new"),
+    [(Tent(), Tent(lr=0.1)), (Tent(), Tent(momentum=0.5)), (Tent(window=8), Tent(window=8, lr=0.1))],
+    ids=str,
+)
+def test_a_state_moves_where_kind_and_layout_are_the_same(digits: SourceModel, policy: Policy, new: Policy) -> None:
+    engine, stream, kept = moved(digits, policy, new)
+    alone, twin = make_engine(digits, shadow_ratio=1.0), make_stream("a", policy)
+    for seed in range(2):
+        step(alone, twin.lane, [(twin, torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(seed)))])
+    assert (kept, stream.version) == (True, 2)
+    assert same_state(engine.store.export(stream.lane, stream), alone.store.export(twin.lane, twin))
+    assert engine.monitor.read(stream) == alone.monitor.read(twin)
+
+
+@pytest.mark.parametrize(
+    ("policy", "new"),
+    [
+        (Tent(), Tent(optimiser="sgd")),
+        (Tent(), Tent(window=8)),
+        (Tent(window=8), Tent(window=16)),
+        (Tent(), Tent(reset_after=100)),
+        (Tent(), NormPolicy()),
+        (NormPolicy(mode="running"), Tent()),
+        (Tent(), Sar()),
+    ],
+    ids=str,
+)
+def test_else_the_stream_is_back_at_the_source(digits: SourceModel, policy: Policy, new: Policy) -> None:
+    engine, stream, kept = moved(digits, policy, new)
+    assert (kept, stream.version, engine.monitor.read(stream)) == (False, 0, {})
+    assert engine.store.tier(stream.lane, stream) == "none"
+    x = torch.rand(8, 1, 8, 8)
+    (own,), _ = step(engine, stream.lane, [(stream, x)])
+    (other,), _ = step(make_engine(digits), stream.lane, [(make_stream("a", new), x)])
+    assert own.version == 0
+    assert torch.equal(own.logits, other.logits)
+
+
+@pytest.mark.parametrize("what", ["move", "restore", "add_lane"])
+def test_a_move_that_fails_leaves_the_stream_at_the_source(
+    digits: SourceModel, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    engine, stream = make_engine(digits), make_stream("a", Tent())
+    step(engine, stream.lane, [(stream, torch.rand(8, 1, 8, 8))])
+    old, stream.policy = stream.lane, Tent(lr=0.1)
+
+    def broken(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.store, what, broken)
+        with pytest.raises(MemoryError):
+            engine.move(old, stream.lane, stream)
+    assert stream.version == 0
+    assert [engine.store.tier(lane, stream) for lane in (old, stream.lane)] == ["none", "none"]
+    assert not engine.store.has_lane(old)
+    engine.store.check_integrity()
+    (answer,), _ = step(engine, stream.lane, [(stream, torch.rand(8, 1, 8, 8))])
+    assert answer.version == 0
+
+
+def test_a_reset_and_a_drop_forget_what_was_measured(digits: SourceModel) -> None:
+    engine, streams = make_engine(digits, shadow_ratio=1.0), [make_stream(id, Tent()) for id in "ab"]
+    lane = streams[0].lane
+    step(engine, lane, [(stream, torch.rand(8, 1, 8, 8)) for stream in streams])
+    assert all(engine.monitor.read(stream) for stream in streams)
+    engine.reset(lane, streams[0])
+    assert (streams[0].version, engine.store.tier(lane, streams[0]), engine.monitor.read(streams[0])) == (0, "none", {})
+    engine.drop(lane, streams[1])
+    assert (engine.store.has_lane(lane), engine.monitor.read(streams[1])) == (False, {})

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import io
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import httpx
+import numpy as np
 import pytest
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+from starlette.routing import BaseRoute, Route
 from torch import Tensor
 
-from tests.serving import TIMEOUT, Gate, hold, load, varied
-from tta_server import app as tta_app
+from adapters.base import State
+from tests.serving import MODEL, TIMEOUT, Gate, hold, load, rows, same_state, varied
+from tta_server.access import DEFAULT_TENANT
+from tta_server.app import create_app
 from tta_server.engine.source import SourceModel
 from tta_server.runner import Runner
 from tta_server.service import Service
 from tta_server.settings import Settings
 
 Loaded = tuple[Settings, dict[str, SourceModel]]
+INFER = f"/v2/models/{MODEL}/infer"
+PREDICT = "/v1/streams/s/predict"
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +51,16 @@ class Server:
 
     app: FastAPI
     client: httpx.AsyncClient
-    service: Service
+
+    @property
+    def service(self) -> Service:
+        """What the routes work with."""
+        service: Service = self.app.state.service
+        return service
+
+    def known_by(self, token: str) -> Server:
+        """The same application, and a client that shows a token."""
+        return Server(self.app, client_of(self.app, headers={"authorization": f"Bearer {token}"}))
 
     @property
     def runner(self) -> Runner:
@@ -83,7 +102,17 @@ class Server:
         await self.settled()
         return await self.json("GET", f"/v1/streams/{id}")
 
-    async def infer(self, x: Tensor, expect: int = 200, model: str = "tiny", **parameters: Any) -> Any:
+    async def adapt(self, id: str = "s", steps: int = 2) -> None:
+        """Creates a stream that has learnt something."""
+        await self.open(id)
+        for seed in range(steps):
+            await self.predict(id, rows(4, seed))
+
+    async def listed(self, **query: Any) -> list[str]:
+        """The ids of the streams."""
+        return [one["id"] for one in (await self.json("GET", "/v1/streams", params=query))["streams"]]
+
+    async def infer(self, x: Tensor, expect: int = 200, model: str = MODEL, **parameters: Any) -> Any:
         """Asks V2 for a prediction."""
         return await self.json("POST", f"/v2/models/{model}/infer", expect, json=infer_body(x, **parameters))
 
@@ -99,6 +128,67 @@ def infer_body(x: Tensor, outputs: Sequence[str] = (), **parameters: Any) -> dic
     return body
 
 
+def routes_of(app: FastAPI) -> list[tuple[str, str]]:
+    """Every method and path of an application, whether documented or not."""
+
+    def walk(routes: Iterable[BaseRoute]) -> Iterator[tuple[str, str]]:
+        for route in routes:
+            included = getattr(route, "original_router", None)  # how newer versions of the framework nest routers
+            if included is not None:
+                yield from walk(included.routes)
+            else:
+                assert isinstance(route, Route | APIRoute), "what is this?"
+                yield from ((method, route.path) for method in route.methods or ())
+
+    return list(walk(app.routes))
+
+
+def error_of(response: httpx.Response, status: int) -> str:
+    """The text of an error response, whose form is always the same."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    content = response.json()
+    assert content.keys() == {"error"}
+    text = content["error"]
+    assert isinstance(text, str)
+    assert text
+    return text
+
+
+def retry_after(response: httpx.Response) -> int:
+    """When to come back, in seconds from now."""
+    seconds = int(response.headers["retry-after"])
+    assert seconds >= 1
+    return seconds
+
+
+def npy(array: Any) -> bytes:
+    """An array as a file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def image(pixels: Any, format: str = "PNG") -> bytes:
+    """Pixels ``[height, width, 3]``, uint8, as a file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format)
+    return file.getvalue()
+
+
+async def scrape(server: Server) -> list[Sample]:
+    """What ``/metrics`` says."""
+    response = await server.client.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return [sample for family in text_string_to_metric_families(response.text) for sample in family.samples]
+
+
+def value(samples: list[Sample], name: str, **labels: str) -> float:
+    """Sum of the series that carry these labels."""
+    return sum(one.value for one in samples if one.name == name and labels.items() <= one.labels.items())
+
+
 class Impatient(httpx.ASGITransport):
     """Gives up on a request that hangs, so that the test fails and the next one runs."""
 
@@ -107,29 +197,63 @@ class Impatient(httpx.ASGITransport):
             return await super().handle_async_request(request)
 
 
+def client_of(app: FastAPI, **arguments: Any) -> httpx.AsyncClient:
+    """A client whose requests go straight to the application."""
+    transport = Impatient(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://test", **arguments)
+
+
 @asynccontextmanager
 async def running(loaded: Loaded, **sections: dict[str, Any]) -> AsyncIterator[Server]:
-    """The application with some settings replaced, through its whole lifespan."""
+    """The application with some settings replaced, through its whole lifespan; in the end nothing may be left over."""
     settings, models = loaded
-    made: list[Service] = []
-
-    def keep(*parts: Any) -> Service:
-        made.append(Service(*parts))
-        return made[0]
-
-    with patch.object(tta_app, "Service", keep):
-        app = tta_app.create_app(varied(settings, **sections), models)
-    transport = Impatient(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
-    ):
-        server = Server(app, client, made[0])
+    app = create_app(varied(settings, **sections), models)
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        server = Server(app, client)
         yield server
+    check_rest(server)
+
+
+def check_rest(server: Server) -> None:
+    """Fails where something is counted as under way after all requests are over."""
+    service = server.service
+    assert server.runner.waiting == 0
+    assert not any(service.models._busy.values()), "a model is kept busy by nobody"
+    assert not any(meter.now for meter in service.access._meters.values()), "a call never ended"
+    for tenant in service._tenants.values():
+        assert not any(one.flights for one in tenant._streams.values()), "a numbered request never ended"
     server.runner.engine.store.check_integrity()
+
+
+@asynccontextmanager
+async def untouched(server: Server, id: str = "s", tenant: str = DEFAULT_TENANT) -> AsyncIterator[None]:
+    """Fails where what happens inside changes a stream: state, version, counters, settings, or that it is there."""
+
+    async def look() -> tuple[dict[str, Any], State]:
+        info = await server.info(id)
+        stream = server.service.tenant(tenant).stream(id)
+        store = server.runner.engine.store
+        state = store.export(stream.lane, stream) if store.has_lane(stream.lane) else State({}, {})
+        return info | {"last_seen": None}, state
+
+    listed = await server.listed()
+    info, state = await look()
+    yield
+    assert await server.listed() == listed
+    after, state_after = await look()
+    assert after == info
+    assert same_state(state, state_after)
 
 
 @pytest.fixture
 async def server(loaded: Loaded) -> AsyncIterator[Server]:
     async with running(loaded) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+async def refusing(loaded: Loaded) -> AsyncIterator[Server]:
+    """A server for requests that are refused: its stream "s" has learnt something, and no test changes it."""
+    async with running(loaded) as made:
+        await made.adapt()
         yield made

@@ -470,6 +470,88 @@ def test_layout_packs_and_unpacks() -> None:
     assert layout.bytes == BYTES
 
 
+# --- moves between lanes ------------------------------------------------------------------------------------------
+
+SAME = Lane("digits", make_policy("tent", {"lr": 0.5}))
+"""Another setting, so another lane."""
+
+
+@pytest.mark.parametrize("tier", ["device", "host"])
+@pytest.mark.parametrize("company", [False, True])
+def test_a_state_moves_to_another_lane_as_it_is(tier: str, company: bool) -> None:
+    """Bit for bit, with its version; the lane it leaves goes with its last state, and others' states stay."""
+    store, a, b = make_store(), make_stream("a"), make_stream("b")
+    commit(store, {a: make_state(1.0, 1)})
+    commit(store, {a: make_state(2.0, 2)})
+    if company:
+        commit(store, {b: make_state(3.0)})
+    if tier == "host":
+        for name in "cd":
+            lease, _ = store.lease(LANE, [make_stream(name)])
+            store.release(lease)
+    assert store.tier(LANE, a) == tier
+    store.add_lane(SAME, make_state(-5.0))
+    assert store.move(LANE, SAME, a) is True
+    store.check_integrity()
+    assert (store.tier(LANE, a), store.tier(SAME, a), a.version) == ("none", "host", 2)
+    assert_same(held(store, a, SAME), flat(make_state(2.0, 2)))
+    if company:
+        assert_same(held(store, b), flat(make_state(3.0)))
+    assert store.has_lane(LANE) == (company or tier == "host")
+    assert commit(store, {a: make_state(4.0)}, SAME) == [True]
+    assert a.version == 3
+
+
+def test_a_stream_without_a_state_of_its_own_starts_from_that_of_the_new_lane() -> None:
+    store, a = make_store(), make_stream("a")
+    store.add_lane(SAME, make_state(-5.0))
+    assert store.move(LANE, SAME, a) is True
+    assert (store.tier(SAME, a), store.has_lane(LANE)) == ("none", False)
+    assert_same(held(store, a, SAME), flat(make_state(-5.0)))
+
+
+def test_a_stream_that_has_not_committed_takes_nothing_along() -> None:
+    """Its slot holds the initial state of the lane it leaves: that is not its own."""
+    store, a = make_store(), make_stream("a")
+    lease, _ = store.lease(LANE, [a])
+    store.release(lease)
+    store.add_lane(SAME, make_state(-5.0))
+    assert store.move(LANE, SAME, a) is True
+    store.check_integrity()
+    assert_same(held(store, a, SAME), flat(make_state(-5.0)))
+    assert store.counts() == {"device": (0, 0), "host": (0, 0)}
+
+
+@pytest.mark.parametrize("what", misfits())
+def test_a_state_does_not_move_into_another_layout(what: str) -> None:
+    """Then nothing changes."""
+    store, a = make_store(), make_stream("a")
+    commit(store, {a: make_state(1.0, 1)})
+    store.add_lane(SAME, misfits()[what][0])
+    assert store.move(LANE, SAME, a) is False
+    store.check_integrity()
+    assert (store.tier(LANE, a), store.tier(SAME, a), a.version) == ("device", "none", 1)
+    assert_same(held(store, a), flat(make_state(1.0, 1)))
+
+
+def test_layouts_fit_whatever_their_values() -> None:
+    own = Layout(make_state(1.0))
+    assert own.fits(Layout(make_state(2.0, 7)))
+    for state, _ in misfits().values():
+        assert not own.fits(Layout(state))
+        assert not Layout(state).fits(own)
+
+
+def test_a_stream_in_a_step_cannot_be_moved() -> None:
+    store, a = make_store(), make_stream("a")
+    commit(store, {a: make_state(1.0)})
+    store.add_lane(SAME, INITIAL)
+    lease, _ = store.lease(LANE, [a])
+    with pytest.raises(AssertionError, match="stream 'a' is in a running step"):
+        store.move(LANE, SAME, a)
+    store.release(lease)
+
+
 def test_host_memory_holds_many_states_and_reuses_their_room() -> None:
     """Far more streams than slots: every state is found again, also after others were dropped and new ones came."""
     store = make_store(slots=2)
@@ -601,6 +683,20 @@ class StoreMachine(RuleBasedStateMachine):
         del self.versions[stream]
         self.streams[which] = make_stream(stream.id, self.lane(stream))
         self.versions[self.streams[which]] = 0
+
+    @rule(which=st.integers(0, 6))
+    def move(self, which: int) -> None:
+        """To the other lane, which has the same layout."""
+        stream = self.streams[which]
+        old = self.lane(stream)
+        new = OTHER if old == LANE else LANE
+        if stream in self.leased:
+            return
+        for lane in (old, new):
+            self.store.add_lane(lane, self.lanes[lane])
+        assert self.store.move(old, new, stream) is True
+        stream.model = new.model
+        assert self.store.tier(old, stream) == "none"
 
     @rule(which=st.integers(0, 6), version=st.integers(1, 9))
     def restore(self, which: int, version: int) -> None:

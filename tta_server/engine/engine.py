@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class Engine:
     def __init__(
         self, models: Mapping[str, SourceModel], store: StateStore, monitor: Monitor, shadow_ratio: float
     ) -> None:
-        self.models, self.store, self.monitor, self._shadow_ratio = models, store, monitor, shadow_ratio
+        self.models, self.store, self.monitor, self._shadow_ratio = dict(models), store, monitor, shadow_ratio
 
     def step(self, plan: Plan, answer: AnswerJob) -> StepStats:
         """Runs one plan; ``answer`` is called once per job, before any adaptation.
@@ -58,32 +59,69 @@ class Engine:
         """
         assert plan.lane is not None
         try:
-            return self._step(plan.lane, plan.jobs, answer)
+            return self._step(plan.lane, plan.jobs, answer, plan.shed)
         except _Unanswered as failure:
             if len(plan.jobs) == 1:
                 log.error("step failed", exc_info=failure.__cause__, extra={"stream": plan.jobs[0].stream.id})
                 answer(plan.jobs[0], StepFailed(f"the model or policy failed on this request: {failure.__cause__}"))
-                return StepStats(plan.lane, [], 0.0, 0.0, 0.0)
-        parts = [self.step(Plan(plan.lane, [job]), answer) for job in plan.jobs]
+                return StepStats(plan.lane, self._classes(plan.lane), [], 0.0, 0.0, 0.0)
+        parts = [self.step(Plan(plan.lane, [job], plan.shed), answer) for job in plan.jobs]
         return StepStats(
             plan.lane,
+            self._classes(plan.lane),
             [job for part in parts for job in part.jobs],
             sum(part.forward_seconds for part in parts),
             sum(part.adapt_seconds for part in parts),
             sum(part.shadow_seconds for part in parts),
         )
 
-    def reset(self, stream: Stream) -> None:
-        """Takes the stream back to the source: state, version and signals."""
-        self.store.reset(Lane(stream.model, stream.policy), stream)
+    def put(self, model: SourceModel) -> None:
+        """Serves ``model`` under its name from now on. Streams without a state of their own start as it says."""
+        self.models[model.name] = model
+        for lane in self.store.lanes():
+            if (lane.model, lane.digest) == (model.name, model.digest):
+                try:
+                    self.store.renew(lane, initial_state(lane.policy, model))
+                except Exception:  # the model is served all the same; this policy's steps will say what is wrong
+                    log.exception("new streams start as before", extra={"policy": lane.policy.name})
+
+    def reset(self, lane: Lane, stream: Stream) -> None:
+        """Takes a stream of ``lane`` back to the source: state, version and signals."""
+        self.store.reset(lane, stream)
         self.monitor.forget(stream)
 
-    def drop(self, stream: Stream) -> None:
-        """Forgets a stream."""
-        self.store.drop(Lane(stream.model, stream.policy), stream)
+    def drop(self, lane: Lane, stream: Stream) -> None:
+        """Forgets a stream of ``lane``."""
+        self.store.drop(lane, stream)
         self.monitor.forget(stream)
 
-    def _step(self, lane: Lane, jobs: list[Job], answer: AnswerJob) -> StepStats:
+    def leave(self, lane: Lane, stream: Stream) -> None:
+        """Takes a stream out of ``lane``, as a new one."""
+        self.drop(lane, stream)
+        stream.version = 0
+
+    def move(self, old: Lane, new: Lane, stream: Stream) -> bool:
+        """Takes a stream's state over into another lane of its model, if it fits there; returns whether it did.
+
+        It fits when the policies are of one kind and their states of one layout. Otherwise, and when this fails, the
+        stream is back at the source.
+        """
+        moved = False
+        try:
+            if type(old.policy) is type(new.policy):
+                if not self.store.has_lane(old):
+                    self.store.add_lane(old, initial_state(old.policy, self.models[old.model]))
+                self.store.add_lane(new, initial_state(new.policy, self.models[new.model]))
+                moved = self.store.move(old, new, stream)
+        finally:
+            if not moved:
+                self.leave(old, stream)
+        return moved
+
+    def _classes(self, lane: Lane) -> int:
+        return len(self.models[lane.model].classes)
+
+    def _step(self, lane: Lane, jobs: list[Job], answer: AnswerJob, shed: bool) -> StepStats:
         model = self.models[lane.model]
         started = time.monotonic()
         lease: Lease | None = None
@@ -94,16 +132,21 @@ class Engine:
                     self.store.add_lane(lane, initial_state(lane.policy, model))
                 if self.store.has_state(lane):
                     lease, state = self.store.lease(lane, [job.stream for job in jobs])
-                sampled = self._sample(lane, jobs)
-                run = PolicyRun(model, lane, jobs, state, watch=bool(sampled) and lane.policy.plain)
+                sampled = [] if shed else self._sample(lane, jobs)
+                shed = shed and lease is not None
+                run = PolicyRun(model, lane, jobs, state)
                 logits = run.scores()
                 served = _Served(run, logits, losses.entropy(logits), logits.softmax(1).amax(1), sampled)
             except Exception as error:
                 raise _Unanswered from error
             forward_seconds = time.monotonic() - started
-            finite = self._answer(lane, jobs, served, started, forward_seconds, answer)
+            finite = self._answer(lane, jobs, served, started, forward_seconds, answer, shed)
             adapt_started = time.monotonic()
-            results, signals = self._adapt(model, lane, jobs, run, lease, finite)
+            if shed:
+                run.stop()
+                results, signals = ["shed"] * len(jobs), list[dict[str, float]]({} for _ in jobs)
+            else:
+                results, signals = self._adapt(model, lane, jobs, run, lease, finite)
             adapt_seconds = time.monotonic() - adapt_started
         finally:
             if lease is not None:
@@ -111,12 +154,13 @@ class Engine:
         shadow_seconds = self._measure(model, lane, jobs, served, signals)
         sizes = run.segments.sizes
         rows = zip(served.entropy.split(sizes), served.confidence.split(sizes), strict=True)
+        means = zip(_means(served.entropy, sizes), _means(served.confidence, sizes), strict=True)
         stats = []
-        for job, (entropy, confidence), result, own in zip(jobs, rows, results, signals, strict=True):
-            own |= {"entropy": entropy.mean().item(), "confidence": confidence.mean().item()}
+        for job, (entropy, confidence), mean, result, own in zip(jobs, rows, means, results, signals, strict=True):
+            own["entropy"], own["confidence"] = mean
             self._count(lane, job.stream, own)
             stats.append(JobStats(job.stream, job.rows, started - job.arrived, entropy, confidence, result, own))
-        return StepStats(lane, stats, forward_seconds, adapt_seconds, shadow_seconds)
+        return StepStats(lane, len(model.classes), stats, forward_seconds, adapt_seconds, shadow_seconds)
 
     def _count(self, lane: Lane, stream: Stream, signals: dict[str, float]) -> None:
         """Takes an answered request into its stream's counters and averages.
@@ -131,15 +175,21 @@ class Engine:
             self.monitor.update(stream, told)
 
     def _answer(
-        self, lane: Lane, jobs: list[Job], served: _Served, started: float, seconds: float, answer: AnswerJob
+        self,
+        lane: Lane,
+        jobs: list[Job],
+        served: _Served,
+        started: float,
+        seconds: float,
+        answer: AnswerJob,
+        shed: bool,
     ) -> list[bool]:
         """Answers every job; returns whose scores were finite."""
-        finite = []
         sizes = served.run.segments.sizes
+        finite = [mean == 1 for mean in _means(served.logits.isfinite().all(1), sizes)]
         parts = (one.split(sizes) for one in (served.logits, served.entropy, served.confidence))
-        for job, logits, entropy, confidence in zip(jobs, *parts, strict=True):
-            finite.append(bool(logits.isfinite().all()))
-            if not finite[-1]:
+        for job, sound, logits, entropy, confidence in zip(jobs, finite, *parts, strict=True):
+            if not sound:
                 answer(job, StepFailed("the scores for these inputs are not finite; the stream was left as it was"))
                 continue
             averages = self.monitor.read(job.stream)
@@ -150,6 +200,7 @@ class Engine:
                     version=job.stream.version,
                     adapted=not lane.policy.plain,
                     policy=lane.policy.name,
+                    shed=shed,
                     entropy=entropy,
                     confidence=confidence,
                     drift=averages.get(DRIFT),
@@ -200,16 +251,12 @@ class Engine:
         """Compares a share of each stream's requests with the source model; returns the seconds it took.
 
         Adds ``bn_distance`` (see ``segment_norm.py``) and, where a policy answered, ``agreement``: the share of rows
-        whose served class is the source model's. Where the source model answered, its own pass was watched; else it
-        runs now.
+        whose served class is the source model's.
         """
         if not served.sampled:
             return 0.0
         started = time.monotonic()
         try:
-            if lane.policy.plain:
-                _add(signals, range(len(jobs)), DRIFT, served.run.distances)
-                return 0.0
             sizes = served.run.segments.sizes
             x_parts, served_parts = served.run.x.split(sizes), served.logits.split(sizes)
             segments = Segments([sizes[index] for index in served.sampled], model.network.device)
@@ -219,9 +266,10 @@ class Engine:
                     watched, torch.cat([x_parts[index] for index in served.sampled])
                 ).logits.cpu()
             _add(signals, served.sampled, DRIFT, watched.distances)
-            for index, logits in zip(served.sampled, source.split(segments.sizes), strict=True):
-                same = served_parts[index].argmax(1) == logits.argmax(1)
-                signals[index][AGREEMENT] = same.double().mean().item()
+            if not lane.policy.plain:
+                for index, logits in zip(served.sampled, source.split(segments.sizes), strict=True):
+                    same = served_parts[index].argmax(1) == logits.argmax(1)
+                    signals[index][AGREEMENT] = same.double().mean().item()
         except Exception:  # measuring must not undo a step that is answered and committed
             log.exception("source shadow failed", extra={"streams": [jobs[one].stream.id for one in served.sampled]})
         return time.monotonic() - started
@@ -248,6 +296,13 @@ def initial_state(policy: Policy, model: SourceModel) -> State:
             f"run: tta-server prepare CONFIG --data DIR --only {listed}"
         )
     return serving.init(policy, model.source)
+
+
+def _means(values: Tensor, sizes: list[int]) -> list[float]:
+    """The mean of each job's part of ``values [N]``, all at once: a call of torch for each costs more than the sums."""
+    starts = np.cumsum([0, *sizes[:-1]])
+    means: list[float] = (np.add.reduceat(values.numpy(), starts, dtype=np.float64) / sizes).tolist()
+    return means
 
 
 class _Unanswered(Exception):

@@ -12,15 +12,17 @@ sizes is one pass.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adapters.base import Output, Segments, Tensors
+from adapters.base import SOURCE_NORM, Output, Segments, Tensors
 from tta_server.engine.norm import KINDS, Conduit, Pass, StreamBatchNorm, replace_norms
 from tta_server.engine.stable import stabilise
+from tta_server.engine.traced import is_tracing, trace
 from tta_server.errors import ConfigError
 from tta_server.settings import InputSettings, type_and_line
 
@@ -43,6 +45,7 @@ class StreamwiseNetwork:
         # Torch's fused transformer layers read the norm layers' weights past their forward, and so past the streams'.
         torch.backends.mha.set_fastpath_enabled(False)
         self._features: Tensor | None = None
+        self._graph: Callable[[Tensor], Output] | None = None
         self._network.get_submodule(head).register_forward_pre_hook(self._catch_features)
         per_channel = (-1, *[1] * (len(spec.shape) - 1))
         self._mean, self._std = (
@@ -50,8 +53,24 @@ class StreamwiseNetwork:
             for values in (spec.mean, spec.std)
         )
 
+    def compile_source(self, spec: InputSettings) -> None:
+        """Has passes of the plain source run as one graph from now on, if there is one, see ``traced.py``."""
+        any_rows = Segments([1], self.device)
+
+        def run(x: Tensor) -> Output:
+            segments = any_rows if is_tracing() else Segments([len(x)], self.device)
+            return self._layer_by_layer(Pass(segments), x)
+
+        if self.device.type == "cpu" and self.dtype == torch.float32:
+            self._graph = trace(run, plain_rows(self, spec, 64))
+
     def run(self, now: Pass, x: Tensor) -> Output:
         """Runs ``x [N, ...]``, un-normalised, under the weights, segments and statistics of ``now``."""
+        if self._graph is not None and not now.weights and now.norm == SOURCE_NORM and not now.observe:
+            return self._graph(x)
+        return self._layer_by_layer(now, x)
+
+    def _layer_by_layer(self, now: Pass, x: Tensor) -> Output:
         if self._mean is not None and self._std is not None:
             x = (x - self._mean) / self._std
         if now.weights.keys() <= self._of_norms:
@@ -111,7 +130,7 @@ class StreamwiseNetwork:
         hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
         try:
             with torch.no_grad():
-                self.run(Pass(Segments([len(x)], self.device)), x)
+                self._layer_by_layer(Pass(Segments([len(x)], self.device)), x)
         finally:
             for hook in hooks:
                 hook.remove()

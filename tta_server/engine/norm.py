@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from adapters.base import BATCH_NORM, SOURCE_NORM, Norm, Segments, Tensors
 from tta_server.engine.segment_norm import SegmentBatchNorm, per_row, source_distance
+from tta_server.engine.traced import is_tracing
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Conduit:
         """The pass in which a layer gets ``x``, whose first dimension must be the rows."""
         if self.current is None:
             raise RuntimeError("a norm layer ran outside of a forward pass of the engine")
-        if len(x) != self.current.segments.rows:
+        if not is_tracing() and len(x) != self.current.segments.rows:
             raise RuntimeError(
                 f"a norm layer got {list(x.shape)} in a batch of {self.current.segments.rows} rows: streams can only "
                 "be told apart where rows are the first dimension (is the model sequence-first, or does it fold rows?)"

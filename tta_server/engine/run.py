@@ -17,18 +17,16 @@ from tta_server.types import Job, Lane
 class PolicyRun:
     """A policy's step, in its two halves. Mutates nothing outside.
 
-    ``segments`` and ``x [N, ...]`` are the jobs' rows on the device. ``distances`` holds, with ``watch`` and once the
-    scores are there, each stream's distance to the source by batch-norm layer (``[S]`` each).
+    ``segments`` and ``x [N, ...]`` are the jobs' rows on the device.
     """
 
-    def __init__(self, model: SourceModel, lane: Lane, jobs: list[Job], state: State, watch: bool = False) -> None:
+    def __init__(self, model: SourceModel, lane: Lane, jobs: list[Job], state: State) -> None:
         device, dtype = model.network.device, model.network.dtype
         self.segments = Segments([job.rows for job in jobs], device)
         self.x = torch.cat([job.x for job in jobs if job.x is not None]).to(device, dtype)
-        self.distances: list[Tensor] = []
 
         def network(weights: Mapping[str, Tensor], x: Tensor, segments: Segments, norm: Norm) -> Output:
-            return model.network.run(Pass(segments, weights, norm, observe=watch, distances=self.distances), x)
+            return model.network.run(Pass(segments, weights, norm), x)
 
         keys = torch.tensor([job.stream.random_key for job in jobs], device=device)
         versions = torch.tensor([job.stream.version for job in jobs], device=device)
@@ -39,6 +37,10 @@ class PolicyRun:
         """Runs to the ``yield``: the logits to serve, ``[N, C]`` on the CPU, at least float32."""
         logits = next(self._step).detach()
         return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
+
+    def stop(self) -> None:
+        """Ends the step after its scores."""
+        self._step.close()
 
     def finish(self) -> Step:
         """Runs the rest. Raises what the policy raises, and ``RuntimeError`` for a second ``yield``."""

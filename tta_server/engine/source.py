@@ -73,6 +73,7 @@ def load_model(name: str, settings: Settings, device: torch.device) -> SourceMod
         digest, architecture = _digest(network, spec.input), type(network).__name__
         streamwise = StreamwiseNetwork(network, spec.input, head, device)
         probed = probe(streamwise, spec.input)
+        streamwise.compile_source(spec.input)
         if spec.classes and len(spec.classes) != probed.classes:
             raise ConfigError(
                 f"the config names {len(spec.classes)} classes, but the model has {probed.classes} scores"

@@ -18,6 +18,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tta_server.engine.traced import is_tracing
+
 _SMALL = 20480
 """Values in a row up to which torch runs a single row through its own convolution instead of oneDNN's."""
 
@@ -50,6 +52,8 @@ _ROWS: dict[type[nn.Module], Callable[[Tensor], int]] = {
 
 
 def _padded(forward: Callable[..., Tensor], module: nn.Module, rows: Callable[[Tensor], int], x: Tensor) -> Tensor:
+    if is_tracing():  # a graph is tried with few rows and many, see ``traced.py``
+        return forward(module, x)
     missing = 0 if x.is_cuda else rows(x) - len(x)
     if not missing:
         return forward(module, x)

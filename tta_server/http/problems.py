@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 
 STATUS: dict[type[errors.TtaError], int] = {
     errors.BadInput: 400,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
     errors.UnknownName: 404,
+    errors.TooSlow: 408,
     errors.Conflict: 409,
     errors.TooLarge: 413,
     errors.UnsupportedEncoding: 415,
@@ -63,15 +66,24 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 async def _ours(request: Request, error: Exception) -> Response:
     retry_after = getattr(error, "retry_after", None)
     headers = None if retry_after is None else {"Retry-After": str(retry_after)}
+    if isinstance(error, errors.Unauthenticated):
+        headers = {"WWW-Authenticate": "Bearer"}
     return problem(STATUS.get(type(error), 500), str(error), headers)  # type: ignore[arg-type]  # registered for ours only
 
 
 async def _validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError | ValidationError)
     if isinstance(error, ValidationError):
-        return problem(400, f"the request does not fit:\n{explain(error)}")
-    faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        return problem(400, f"the request does not fit:\n{explain(error, _pointer)}")
+    faults = "; ".join(
+        f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']!r:.80}" for fault in error.errors()
+    )
     return problem(400, f"the request does not fit: {faults}")
+
+
+def _pointer(place: Sequence[int | str]) -> str:
+    """A place in a JSON document as a JSON pointer (RFC 6901); the document itself is ``/``."""
+    return "/" + "/".join(str(part).replace("~", "~0").replace("/", "~1") for part in place)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

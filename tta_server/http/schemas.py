@@ -2,17 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
+from tta_server.errors import BadInput
 from tta_server.policies import settings_of
 from tta_server.settings import InputSettings
-from tta_server.types import Answer, Stream
+from tta_server.tenant import Tenant
+from tta_server.types import DRIFT, Answer, Stream
+
+MOST_MEMBERS = 256
+"""Most members of an object in a request, where each of them may be wrong and would then be told."""
+
+
+LONGEST_NAME = 128
+"""Most characters of a name in a request, which an error would repeat."""
+
+
+def _bounded(given: Any) -> Any:
+    if isinstance(given, dict) and len(given) > MOST_MEMBERS:
+        raise BadInput(f"an object in the request has {len(given)} members; it may have up to {MOST_MEMBERS}")
+    if isinstance(given, dict) and max(map(len, given), default=0) > LONGEST_NAME:
+        raise BadInput(f"an object in the request has a member with a name of over {LONGEST_NAME} characters")
+    return given
+
+
+Bounded = BeforeValidator(_bounded)
+Name = Annotated[str, Field(max_length=LONGEST_NAME)]
+
+
+def _scalar(given: Any) -> Any:
+    if not isinstance(given, str | int | float):
+        raise ValueError("must be a string, a number or a boolean")
+    return given
+
+
+# One validator instead of a union of types, which would tell four faults of a value, at places that do not exist.
+Scalar = Annotated[
+    Any,
+    AfterValidator(_scalar),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}, {"type": "boolean"}]}),
+]
+Parameters = Annotated[dict[str, Scalar], Bounded]
 
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, given: Any) -> Any:
+        return _bounded(given)
 
 
 class Problem(BaseModel):
@@ -24,16 +74,30 @@ class Problem(BaseModel):
 class OpenStream(_Request):
     """Body of ``PUT /v1/streams/{id}``. What is left out takes the model's defaults, or stays as it is."""
 
-    model: str | None = None
-    policy: str | None = None
-    settings: dict[str, Any] | None = Field(default=None, description="Policy settings that differ from the defaults.")
+    model: Name | None = None
+    policy: Name | None = None
+    settings: Annotated[dict[str, Any] | None, Bounded] = Field(
+        default=None, description="Policy settings that differ from the defaults."
+    )
     adapt: bool | None = Field(default=None, description="Whether the stream adapts; on for a new one.")
 
 
 class PatchStream(_Request):
-    """Body of ``PATCH /v1/streams/{id}``."""
+    """Body of ``PATCH /v1/streams/{id}``. Takes effect with the next request; what is left out stays."""
 
-    adapt: bool = Field(description="Takes effect with the next request. Off: the source model answers, state rests.")
+    adapt: bool | None = Field(default=None, description="Off: the source model answers, the state rests.")
+    policy: Name | None = Field(default=None, description="Another policy starts from the source.")
+    settings: Annotated[dict[str, Any] | None, Bounded] = Field(
+        default=None,
+        description="Over the settings the stream has, or, with another policy, over what that one starts from. The "
+        "state is kept where its layout stays the same; another window or optimiser starts from the source.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> PatchStream:
+        if self.adapt is None and self.policy is None and self.settings is None:
+            raise ValueError("give at least one of adapt, policy and settings")
+        return self
 
 
 class PolicyInfo(BaseModel):
@@ -96,25 +160,40 @@ class StreamInfo(BaseModel):
 
     id: str
     model: str
+    digest: str = Field(description="Of the source that the stream adapts; where the model has another, it is refused.")
     policy: str
     settings: dict[str, Any]
     adapt: bool
     version: int = Field(description="Adaptation steps committed since the start or the last reset.")
     requests: int = Field(description="Prediction requests answered.")
+    last_number: int | None = Field(description="Newest request number that was answered.")
     created: float = Field(description="Unix time, seconds.")
     last_seen: float | None = Field(description="Unix time of the last prediction request, seconds.")
     tier: str = Field(description="Where the state is: device, host, or none while the stream has none of its own.")
-    state_bytes: int | None = Field(
-        description="Size of the state, kept images included; null before the first request under these settings."
-    )
+    state_bytes: int = Field(description="Size of the state that it has from its first step on, kept images included.")
     drift: float | None = Field(description="Drift score: distance of the stream's batch statistics to the source's.")
     signals: dict[str, float] = Field(description="Moving averages of the stream's signals.")
 
 
+class PatchedStream(StreamInfo):
+    """A stream after a change."""
+
+    state_kept: bool = Field(description="False: the stream is back at the source, see the request.")
+
+
 class StreamList(BaseModel):
-    """All streams."""
+    """A page of the tenant's streams."""
 
     streams: list[StreamInfo]
+    next: str | None = Field(description="The cursor of the next page; null on the last one.")
+
+
+class Ranked(BaseModel):
+    """One of a row's likeliest classes."""
+
+    class_: int = Field(alias="class")
+    label: str
+    probability: float
 
 
 class Prediction(BaseModel):
@@ -125,6 +204,7 @@ class Prediction(BaseModel):
     policy: str = Field(description="What answered: the stream's policy, or 'source' while adaptation is off.")
     version: int = Field(description="The stream's version that answered.")
     adapted: bool = Field(description="Whether the adapted model answered.")
+    shed: bool = Field(description="Whether the server was too busy to adapt to this request.")
     replayed: bool = Field(description="Whether this is the stored answer to a repeated request number.")
     classes: list[int]
     labels: list[str]
@@ -132,6 +212,7 @@ class Prediction(BaseModel):
     entropy: list[float] = Field(description="Of the probabilities, nats.")
     probabilities: list[list[float]] | None = None
     logits: list[list[float]] | None = None
+    top: list[list[Ranked]] | None = Field(default=None, description="With top_k: per row, the likeliest first.")
     drift: float | None = Field(description="The stream's drift score before this request.")
     agreement: float | None = Field(description="Share of sampled rows so far with the source model's class.")
     queue_seconds: float
@@ -189,7 +270,93 @@ class OutputTensor(BaseModel):
     name: str
     datatype: str
     shape: list[int]
-    data: list[float | None] = Field(description="Flat, row by row; null: not a number, or infinite.")
+    parameters: dict[str, int] | None = Field(default=None, description="binary_data_size, of a binary one.")
+    data: list[float | str | None] | None = Field(
+        default=None, description="Flat, row by row; null in it: not a number, or infinite. Absent from a binary one."
+    )
+
+
+class ModelConfigTensor(BaseModel):
+    """One input or output, in the words of Triton."""
+
+    name: str
+    data_type: str
+    dims: list[int] = Field(description="Without the batch dimension.")
+
+
+class ModelConfig(BaseModel):
+    """Triton-style model configuration."""
+
+    name: str
+    platform: str
+    backend: str
+    max_batch_size: int
+    input: list[ModelConfigTensor]
+    output: list[ModelConfigTensor]
+
+
+class Duration(BaseModel):
+    """How often, and how long in all."""
+
+    count: int
+    ns: int
+
+
+class InferStatistics(BaseModel):
+    """Prediction requests since the start."""
+
+    success: Duration
+    fail: Duration
+    queue: Duration
+    compute_input: Duration = Field(description="Decoding.")
+    compute_infer: Duration = Field(description="The forward pass, up to the answer.")
+    compute_output: Duration = Field(description="Encoding.")
+    cache_hit: Duration
+    cache_miss: Duration
+
+
+class BatchStatistics(BaseModel):
+    """Engine steps of one size."""
+
+    batch_size: int
+    compute_input: Duration
+    compute_infer: Duration
+    compute_output: Duration
+
+
+class ModelStatistics(BaseModel):
+    """One model's statistics."""
+
+    name: str
+    version: str
+    last_inference: int = Field(description="Unix time, milliseconds.")
+    inference_count: int = Field(description="Rows.")
+    execution_count: int = Field(description="Engine steps.")
+    inference_stats: InferStatistics
+    batch_stats: list[BatchStatistics]
+
+
+class StatisticsList(BaseModel):
+    """Open Inference Protocol V2 statistics extension."""
+
+    model_stats: list[ModelStatistics]
+
+
+class RepositoryModel(BaseModel):
+    """One model of the config."""
+
+    name: str
+    version: str
+    state: str = Field(description="READY or UNAVAILABLE.")
+    reason: str
+
+
+class LoadRequest(BaseModel):
+    """Body of load and unload; may be empty. A configuration or files sent along are not taken."""
+
+    model_config = ConfigDict(strict=True)
+
+    parameters: Parameters = {}
 
 
 class InferReport(BaseModel):
@@ -201,6 +368,8 @@ class InferReport(BaseModel):
     policy: str = Field(description="What answered.")
     confidence: float | None = Field(description="Mean over the rows of the largest probability, not calibrated.")
     drift: float | None = Field(default=None, description="The stream's drift score before this request.")
+    agreement: float | None = Field(default=None, description="Share of sampled rows with the source model's class.")
+    shed: bool | None = Field(default=None, description="The server was too busy to adapt to this request.")
     replayed: bool | None = Field(default=None, description="This is the stored answer to a repeated request number.")
     replaced: bool | None = Field(default=None, description="This request replaced a live stream of the same id.")
 
@@ -223,7 +392,7 @@ class InferInput(_V2):
     """One input tensor of the Open Inference Protocol."""
 
     name: str
-    shape: list[int]
+    shape: Annotated[list[int], FailFast()]
     datatype: str
     parameters: dict[str, Any] = {}
     data: Any = None
@@ -240,54 +409,65 @@ class InferRequest(_V2):
     """Open Inference Protocol V2 inference request."""
 
     id: str | None = None
-    parameters: dict[str, str | int | float | bool] = {}
-    inputs: list[InferInput]
-    outputs: list[InferOutput] = []
+    parameters: Parameters = {}
+    inputs: Annotated[list[InferInput], FailFast()]
+    outputs: Annotated[list[InferOutput], FailFast()] = []
 
 
-REQUESTS: tuple[type[BaseModel], ...] = (OpenStream, PatchStream, InferRequest)
+REQUESTS: tuple[type[BaseModel], ...] = (OpenStream, PatchStream, InferRequest, LoadRequest)
 """Bodies that routes read by themselves, which the framework therefore does not put into the OpenAPI document."""
 
 
-def stream_info(
-    stream: Stream, tier: str, state_bytes: int | None, signals: dict[str, float], drift: float | None
-) -> dict[str, Any]:
+def stream_info(tenant: Tenant, stream: Stream) -> dict[str, Any]:
     """:class:`StreamInfo` as a dict."""
+    signals = tenant.signals(stream)
     return {
         "id": stream.id,
         "model": stream.model,
+        "digest": stream.digest,
         "policy": stream.policy.name,
         "settings": settings_of(stream.policy),
         "adapt": stream.adapt,
         "version": stream.version,
         "requests": stream.requests,
+        "last_number": tenant.last_number(stream),
         "created": stream.created,
         "last_seen": stream.last_seen or None,
-        "tier": tier,
-        "state_bytes": state_bytes,
-        "drift": drift,
+        "tier": tenant.tier(stream),
+        "state_bytes": tenant.state_bytes(stream),
+        "drift": signals.get(DRIFT),
         "signals": signals,
     }
 
 
-def prediction(stream: Stream, answer: Answer, replayed: bool, labels: tuple[str, ...], output: str) -> dict[str, Any]:
-    """:class:`Prediction` as a dict; ``output`` is ``probabilities`` or ``logits``."""
+def prediction(
+    stream: Stream, answer: Answer, replayed: bool, labels: tuple[str, ...], output: str, top_k: int | None
+) -> dict[str, Any]:
+    """:class:`Prediction` as a dict; ``output`` is ``probabilities``, ``logits`` or ``none``."""
     classes = answer.logits.argmax(1)
-    scores = answer.logits.softmax(1) if output == "probabilities" else answer.logits
-    return {
+    content: dict[str, Any] = {
         "stream": stream.id,
         "model": stream.model,
         "policy": answer.policy,
         "version": answer.version,
         "adapted": answer.adapted,
+        "shed": answer.shed,
         "replayed": replayed,
         "classes": classes.numpy(),
         "labels": [labels[index] for index in classes.tolist()],
         "confidence": answer.confidence.numpy(),
         "entropy": answer.entropy.numpy(),
-        output: scores.numpy(),
         "drift": answer.drift,
         "agreement": answer.agreement,
         "queue_seconds": answer.queue_seconds,
         "inference_seconds": answer.inference_seconds,
     }
+    if output != "none":
+        content[output] = (answer.logits.softmax(1) if output == "probabilities" else answer.logits).numpy()
+    if top_k is not None:
+        best = answer.logits.softmax(1).topk(min(top_k, len(labels)))
+        content["top"] = [
+            [{"class": index, "label": labels[index], "probability": one} for one, index in zip(*row, strict=True)]
+            for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+    return content

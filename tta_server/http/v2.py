@@ -1,8 +1,4 @@
-"""The Open Inference Protocol, V2: health, metadata and inference with JSON tensors.
-
-``parameters.sequence_id`` names the stream. The codec takes tensors by datatype and the answer is built per output, so
-that binary tensors are an addition to both, not a change.
-"""
+"""The Open Inference Protocol, V2: health, metadata, statistics and the model repository."""
 
 from __future__ import annotations
 
@@ -13,214 +9,196 @@ from fastapi import APIRouter, Request, Response
 from tta_server import __version__
 from tta_server.engine.source import SourceModel
 from tta_server.errors import BadInput, Unavailable, UnknownName
-from tta_server.http.codec import decode_tensor, parse_json, read_body
-from tta_server.http.schemas import InferRequest, InferResponse, Live, ModelMetadata, ModelReady, Ready, ServerMetadata
-from tta_server.http.wire import PROBLEMS, decode, json_body, json_response, refuse_unknown, unless_gone
+from tta_server.http.body import inflate, parse_json, read_body
+from tta_server.http.guard import guarded, needs, public
+from tta_server.http.problems import problem
+from tta_server.http.schemas import (
+    Live,
+    LoadRequest,
+    ModelConfig,
+    ModelMetadata,
+    ModelReady,
+    Ready,
+    RepositoryModel,
+    ServerMetadata,
+    StatisticsList,
+)
+from tta_server.http.tensors import OUTPUTS
+from tta_server.http.wire import PROBLEMS, json_body, json_response
 from tta_server.service import Service
-from tta_server.types import Answer, Stream
+from tta_server.settings import Right
+from tta_server.statistics import Statistics
 
 INPUT = "input"
-OUTPUTS = ("logits", "probabilities")
 VERSION = "1"
-_OURS = ("tta_adapt", "tta_policy", "tta_seq")
+PLATFORM = "pytorch"
+EXTENSIONS = (
+    "binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters",
+    "schedule_policy", "sequence", "statistics",
+)  # fmt: skip
 
 
-def router(service: Service) -> APIRouter:
-    """The routes over ``service``."""
-    routes = APIRouter(prefix="/v2", tags=["Open Inference Protocol"], responses=PROBLEMS)
+VERSIONED: dict[str, Any] = {
+    "parameters": [{"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}]
+}
+"""OpenAPI for the version in a path, which endpoints take from :func:`version_of`: not all their paths have it."""
+
+
+def find_model(service: Service, name: str, version: str = VERSION) -> SourceModel:
+    """The model, if it is ready. Raises ``UnknownName`` or ``Unavailable``."""
+    check_version(service, name, version)
+    return service.models.get(name)
+
+
+def version_of(request: Request) -> str:
+    """The version in the path, or the only one there is."""
+    return str(request.path_params.get("version", VERSION))
+
+
+def check_version(service: Service, name: str, version: str) -> None:
+    """Raises ``UnknownName`` for a model or version that does not exist."""
+    service.models.check_name(name)
+    if version != VERSION:
+        raise UnknownName(f"model {name!r} has version {VERSION} only, asked for was {version!r}")
+
+
+def router(service: Service, statistics: Statistics) -> APIRouter:
+    """The routes over ``service``; ``statistics`` are the ones it records."""
+    routes = APIRouter(prefix="/v2", tags=["Open Inference Protocol"], responses=PROBLEMS, route_class=guarded(service))
     limits = service.settings.limits
 
-    def find(name: str, version: str = VERSION) -> SourceModel:
-        model = service.model(name)
-        if version != VERSION:
-            raise UnknownName(f"model {name!r} has version {VERSION} only, asked for was {version!r}")
-        return model
-
     @routes.get("/health/live", response_model=Live)
+    @public
     async def live() -> Response:
         """The process runs."""
         return json_response({"live": True})
 
     @routes.get("/health/ready", response_model=Ready)
+    @public
     async def ready() -> Response:
         """Requests are taken."""
-        _refuse_while_draining(service)
+        refuse_while_draining()
         return json_response({"ready": True})
 
     @routes.get("", response_model=ServerMetadata)
     @routes.get("/", include_in_schema=False)
     async def server() -> Response:
         """Server metadata."""
-        return json_response({"name": "tta-server", "version": __version__, "extensions": ["sequence", "parameters"]})
+        return json_response({"name": "tta-server", "version": __version__, "extensions": EXTENSIONS})
 
-    def metadata_of(model: SourceModel) -> Response:
-        outputs = [{"name": one, "datatype": "FP32", "shape": [-1, len(model.classes)]} for one in OUTPUTS]
-        content = {
-            "name": model.name,
-            "versions": [VERSION],
-            "platform": "pytorch",
-            "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *model.settings.input.shape]}],
-            "outputs": outputs,
-        }
-        return json_response(content)
+    def refuse_while_draining() -> None:
+        if service.draining:
+            raise Unavailable("the server is shutting down")
 
-    def readiness_of(model: SourceModel) -> Response:
-        _refuse_while_draining(service)
-        return json_response({"name": model.name, "ready": True})
+    # Of all models
 
-    async def infer_with(model: SourceModel, request: Request) -> Response:
-        request.state.model = model.name
-        if "inference-header-content-length" in request.headers:
-            raise BadInput("binary tensors are not offered; send JSON tensors (tritonclient: binary_data=False)")
-        body = await read_body(request, limits.body_bytes)
-        asked = await decode(body, lambda raw: InferRequest.model_validate(parse_json(raw)))
-        wanted = _outputs(asked)
-        if len(asked.inputs) != 1 or asked.inputs[0].name != INPUT:
-            names = ", ".join(repr(one.name) for one in asked.inputs[:8]) or "none"
-            raise BadInput(f"the model has exactly one input, {INPUT!r}; got {names}")
-        tensor = asked.inputs[0]
-        x = await decode(
-            body,
-            lambda raw: decode_tensor(tensor.data, tensor.datatype, tensor.shape, model.settings.input, tensor.name),
-        )
-        controls = _Controls(asked.parameters, service.settings.streams.default)
-        service.check_input(model, x)
-        report: dict[str, Any] = {}
-        stream: Stream | None = None
+    @routes.get("/models/stats", response_model=StatisticsList)
+    @needs(Right.METRICS)
+    async def all_statistics() -> Response:
+        """Statistics of all models."""
+        names = [entry.name for entry in service.models.index()]
+        return json_response({"model_stats": [statistics.of(name, VERSION) for name in names]})
 
-        async def answer_it() -> tuple[Answer, bool]:
-            nonlocal stream
-            # Nothing is awaited between finding the stream and queueing in it: nobody gets in between.
-            if controls.stream is not None:
-                service.check_room()
-                known = controls.start or controls.stream == service.settings.streams.default
-                if not known and service.settings.streams.unknown_id == "refuse":
-                    service.stream(controls.stream)
-                if controls.start and service.is_open(controls.stream):
-                    report["replaced"] = True
-                stream, _ = service.open(controls.stream, model.name, controls.policy, replace=controls.start)
-            return await service.predict(
-                model.name,
-                x,
-                stream=controls.stream,
-                number=controls.number,
-                adapt=controls.adapt,
-                timeout=controls.timeout,
-            )
-
-        answer, replayed = await unless_gone(request, answer_it())
-        if stream is not None and controls.end:
-            await service.close(stream.id, only=stream)
-        report |= _report(controls.stream, answer, replayed)
+    @routes.post("/repository/index", response_model=list[RepositoryModel])
+    async def index() -> Response:
+        """All models of the config."""
         return json_response(
-            {
-                "model_name": model.name,
-                "model_version": VERSION,
-                **({} if asked.id is None else {"id": asked.id}),
-                "parameters": report,
-                "outputs": [_output(one, answer) for one in wanted],
-            }
+            [
+                {
+                    "name": one.name,
+                    "version": VERSION,
+                    "state": "READY" if one.ready else "UNAVAILABLE",
+                    "reason": one.reason,
+                }
+                for one in service.models.index()
+            ]
         )
+
+    empty: dict[str, Any] = {"response_class": Response, "openapi_extra": json_body(LoadRequest, required=False)}
+
+    async def check_load(request: Request) -> None:
+        body = inflate(await read_body(request, limits), request.headers.get("content-encoding"), limits)
+        asked = LoadRequest.model_validate(parse_json(body, limits) if body else {})
+        given = [name for name in asked.parameters if name not in ("unload_dependents",)]
+        if given:
+            raise BadInput(f"parameter {given[0][:50]!r} is not taken: a model is loaded as the server's config says")
+
+    @routes.post("/repository/models/{name}/load", **empty)
+    @needs(Right.ADMIN)
+    async def load(name: str, request: Request) -> Response:
+        """Loads a model, or loads it again from its files. Streams of other weights are refused until reset."""
+        await check_load(request)
+        await service.models.load(name)
+        return Response()
+
+    @routes.post("/repository/models/{name}/unload", **empty)
+    @needs(Right.ADMIN)
+    async def unload(name: str, request: Request) -> Response:
+        """Takes a model out of memory once its requests under way are done. Its streams keep their states."""
+        await check_load(request)
+        await service.models.unload(name)
+        return Response()
+
+    # Of one model, with and without the version in the path
 
     @routes.get("/models/{name}", response_model=ModelMetadata)
-    async def metadata(name: str) -> Response:
+    @routes.get("/models/{name}/versions/{version}", response_model=ModelMetadata, openapi_extra=VERSIONED)
+    async def metadata(name: str, request: Request) -> Response:
         """Model metadata."""
-        return metadata_of(find(name))
-
-    @routes.get("/models/{name}/versions/{version}", response_model=ModelMetadata)
-    async def version_metadata(name: str, version: str) -> Response:
-        """Model metadata."""
-        return metadata_of(find(name, version))
+        return json_response(_metadata(find_model(service, name, version_of(request))))
 
     @routes.get("/models/{name}/ready", response_model=ModelReady)
-    async def model_ready(name: str) -> Response:
+    @routes.get("/models/{name}/versions/{version}/ready", response_model=ModelReady, openapi_extra=VERSIONED)
+    @public
+    async def model_ready(name: str, request: Request) -> Response:
         """The model takes requests."""
-        return readiness_of(find(name))
+        refuse_while_draining()
+        return json_response({"name": find_model(service, name, version_of(request)).name, "ready": True})
 
-    @routes.get("/models/{name}/versions/{version}/ready", response_model=ModelReady)
-    async def version_ready(name: str, version: str) -> Response:
-        """The model takes requests."""
-        return readiness_of(find(name, version))
+    @routes.get("/models/{name}/config", response_model=ModelConfig)
+    @routes.get("/models/{name}/versions/{version}/config", response_model=ModelConfig, openapi_extra=VERSIONED)
+    async def config(name: str, request: Request) -> Response:
+        """Model configuration, in the words of Triton."""
+        return json_response(_config(find_model(service, name, version_of(request)), limits.rows_per_request))
 
-    @routes.post("/models/{name}/infer", response_model=InferResponse, openapi_extra=json_body(InferRequest))
-    async def infer(name: str, request: Request) -> Response:
-        """Scores; with ``parameters.sequence_id``, those of that stream, which then adapts."""
-        return await infer_with(find(name), request)
+    @routes.get("/models/{name}/stats", response_model=StatisticsList)
+    @routes.get("/models/{name}/versions/{version}/stats", response_model=StatisticsList, openapi_extra=VERSIONED)
+    @needs(Right.METRICS)
+    async def model_statistics(name: str, request: Request) -> Response:
+        """Statistics of one model."""
+        check_version(service, name, version_of(request))
+        return json_response({"model_stats": [statistics.of(name, VERSION)]})
 
-    @routes.post(
-        "/models/{name}/versions/{version}/infer", response_model=InferResponse, openapi_extra=json_body(InferRequest)
-    )
-    async def version_infer(name: str, version: str, request: Request) -> Response:
-        """Scores; with ``parameters.sequence_id``, those of that stream, which then adapts."""
-        return await infer_with(find(name, version), request)
+    # What others have and this server does not
+
+    async def not_offered(request: Request) -> Response:
+        return problem(501, f"{request.url.path}: shared memory, trace and logging settings are not offered")
+
+    for path in (
+        "/systemsharedmemory/{rest:path}", "/cudasharedmemory/{rest:path}", "/trace/setting", "/logging",
+        "/models/{name}/trace/setting",
+    ):  # fmt: skip
+        routes.add_api_route(path, not_offered, methods=["GET", "POST"], include_in_schema=False)
 
     return routes
 
 
-class _Controls:
-    """What a request's ``parameters`` ask for. Raises ``BadInput`` for a value of the wrong type."""
-
-    def __init__(self, parameters: dict[str, Any], default_stream: str | None) -> None:
-        given = dict(parameters)
-        id = given.pop("sequence_id", None)
-        if isinstance(id, bool | float):
-            raise BadInput(f"sequence_id must be a string or a whole number, got {id!r}")
-        # 0 and the empty string mean no sequence.
-        self.stream: str | None = str(id) if id else default_stream
-        self.start = _take(given, "sequence_start", bool, False)
-        self.end = _take(given, "sequence_end", bool, False)
-        self.adapt: bool | None = _take(given, "tta_adapt", bool, None)
-        self.policy: str | None = _take(given, "tta_policy", str, None)
-        self.number: int | None = _take(given, "tta_seq", int, None)
-        if self.number is not None and self.number < 0:
-            raise BadInput(f"tta_seq must not be negative, got {self.number}")
-        microseconds = _take(given, "timeout", int, None)
-        if microseconds is not None and microseconds < 0:
-            raise BadInput(f"timeout must not be negative, got {microseconds} microseconds")
-        self.timeout: float | None = microseconds / 1e6 if microseconds else None
-        if given.pop("binary_data_output", False):
-            raise BadInput("binary outputs are not offered; ask for JSON (tritonclient: binary_data=False)")
-        # Other names may be meant for another server; these can only be meant for this one.
-        refuse_unknown("parameter", (name for name in given if name.startswith("tta_")), _OURS)
-
-
-def _refuse_while_draining(service: Service) -> None:
-    if service.draining:
-        raise Unavailable("the server is shutting down")
-
-
-def _take(given: dict[str, Any], name: str, kind: type[Any], default: Any) -> Any:
-    value = given.pop(name, default)
-    if value is not default and type(value) is not kind:
-        raise BadInput(f"parameter {name} must be {kind.__name__}, got {value!r}")
-    return value
-
-
-def _outputs(asked: InferRequest) -> list[str]:
-    for output in asked.outputs:
-        if output.name not in OUTPUTS:
-            raise BadInput(f"no output {output.name!r}; there are {' and '.join(OUTPUTS)}")
-        if output.parameters.get("binary_data"):
-            raise BadInput(f"output {output.name!r}: binary outputs are not offered; ask with binary_data=False")
-    names = [output.name for output in asked.outputs] or list(OUTPUTS)
-    if len(set(names)) != len(names):
-        raise BadInput(f"an output is asked for twice: {names}")
-    return names
-
-
-def _output(name: str, answer: Answer) -> dict[str, Any]:
-    scores = answer.logits if name == "logits" else answer.logits.softmax(1)
-    return {"name": name, "datatype": "FP32", "shape": list(scores.shape), "data": scores.flatten().numpy()}
-
-
-def _report(stream: str | None, answer: Answer, replayed: bool) -> dict[str, str | int | float | bool]:
-    report: dict[str, str | int | float | bool | None] = {
-        "stream_id": stream,
-        "state_version": answer.version,
-        "adapted": answer.adapted,
-        "policy": answer.policy,
-        "confidence": answer.confidence.mean().item(),
-        "drift": answer.drift,
-        "replayed": replayed or None,
+def _metadata(model: SourceModel) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "versions": [VERSION],
+        "platform": PLATFORM,
+        "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *model.settings.input.shape]}],
+        "outputs": [{"name": one, "datatype": "FP32", "shape": [-1, len(model.classes)]} for one in OUTPUTS],
     }
-    return {key: value for key, value in report.items() if value is not None}
+
+
+def _config(model: SourceModel, most_rows: int) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "platform": PLATFORM,
+        "backend": PLATFORM,
+        "max_batch_size": most_rows,
+        "input": [{"name": INPUT, "data_type": "TYPE_FP32", "dims": model.settings.input.shape}],
+        "output": [{"name": one, "data_type": "TYPE_FP32", "dims": [len(model.classes)]} for one in OUTPUTS],
+    }

@@ -1,32 +1,46 @@
-"""What all routes share: JSON out, heavy decoding off the event loop, giving up when the client has."""
+"""What all routes share: answers out, heavy work off the event loop, giving up when the client has."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import anyio
 import orjson
 from fastapi import Request, Response
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from tta_server.errors import BadInput, Cancelled, TooLarge
+from tta_server.http.body import compress, inflate, read_body
 from tta_server.http.schemas import Problem
+from tta_server.settings import LimitSettings
+from tta_server.types import Call
 
 T = TypeVar("T")
 
-DECODE_INLINE = 64 * 2**10
-"""Bodies up to this many bytes are decoded on the event loop; a thread costs more than they do."""
+INLINE = 64 * 2**10
+"""Work on up to this many bytes is done on the event loop; a thread costs more than it does."""
 
+LARGEST = 2**64 - 1
+"""Of the whole numbers that ids and request numbers can be; JSON parsers know no larger ones."""
+
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+"""OpenAPI for bytes."""
 PROBLEMS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Problem}, "5XX": {"model": Problem}}
 """How every route documents its errors."""
 
 
-def json_response(content: Any, status: int = 200) -> Response:
+def to_json(content: Any) -> bytes:
     """``content`` as JSON; numpy arrays become lists, NaN becomes null."""
-    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-    return Response(body, status, media_type="application/json")
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+
+
+def json_response(content: Any, status: int = 200) -> Response:
+    """``content`` as a JSON answer."""
+    return Response(to_json(content), status, media_type="application/json")
 
 
 def json_body(schema: type[BaseModel], required: bool = True) -> dict[str, Any]:
@@ -42,29 +56,78 @@ def refuse_unknown(what: str, given: Iterable[str], known: Collection[str]) -> N
             raise BadInput(f"no {what} {name[:50]!r}; there are: {', '.join(known)}")
 
 
-async def decode(body: bytes, how: Callable[[bytes], T]) -> T:
-    """``how(body)``, in a thread when the body is big. Raises ``TooLarge`` when memory does not suffice for it."""
+def begin_call(request: Request, model: str) -> Call:
+    """Says that a request is one for predictions of ``model``; the recorder is told in the end."""
+    call: Call = request.scope["call"]
+    call.model, call.predicts = model, True
+    return call
+
+
+async def offload(work: Callable[[], T], heavy: bool) -> T:
+    """``work()``, in a thread when it is ``heavy``. Raises ``TooLarge`` when memory does not suffice for it."""
+    with enough_memory():
+        return await run_in_threadpool(work) if heavy else work()
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Turns a ``MemoryError`` into ``TooLarge``."""
     try:
-        return how(body) if len(body) <= DECODE_INLINE else await run_in_threadpool(how, body)
+        yield
     except MemoryError as error:
-        raise TooLarge(f"there is not enough memory to decode the body of {len(body)} bytes") from error
+        raise TooLarge("there is not enough memory for this request; send fewer rows at a time") from error
+
+
+async def body_of(request: Request, limits: LimitSettings) -> bytearray:
+    """The request's body, inflated."""
+    body = await read_body(request, limits)
+    encoding = request.headers.get("content-encoding")
+    # A few compressed bytes may be many.
+    return await offload(lambda: inflate(body, encoding, limits), encoding not in (None, "identity"))
+
+
+async def respond(
+    request: Request, call: Call, size: int, encode: Callable[[], tuple[bytes, dict[str, str], str]]
+) -> Response:
+    """An answer of about ``size`` bytes, compressed if the client takes that.
+
+    ``encode`` gives its body, headers and media type.
+    """
+    accept = request.headers.get("accept-encoding")
+
+    def work() -> Response:
+        started = time.monotonic()
+        body, headers, media_type = encode()
+        body, encoding = compress(body, accept)
+        if encoding is not None:
+            headers = {**headers, "Content-Encoding": encoding, "Vary": "Accept-Encoding"}
+        response = Response(body, headers=headers, media_type=media_type)
+        call.encode_seconds = time.monotonic() - started
+        return response
+
+    return await offload(work, size > INLINE)
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """The result of ``work``, which is cancelled when the client of ``request`` goes away first."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
 
-    async def watch(scope: anyio.CancelScope) -> None:
+    async def watch() -> None:
+        nonlocal gone
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        scope.cancel()
+        gone = True
+        task.cancel()
 
-    failure: Exception = Cancelled("the client went away")
-    async with anyio.create_task_group() as group:
-        group.start_soon(watch, group.cancel_scope)
-        try:
-            return await work
-        except Exception as error:  # raised below, since a task group would wrap it
-            failure = error
-        finally:
-            group.cancel_scope.cancel()
-    raise failure
+    watching = asyncio.create_task(watch())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        # Ours, unless somebody else asked for it as well.
+        if gone and not task.uncancel():
+            raise Cancelled("the client went away") from None
+        raise
+    finally:
+        watching.cancel()

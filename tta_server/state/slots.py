@@ -33,6 +33,10 @@ class Layout:
         """Of one stream's state."""
         return sum(dtype.itemsize * width for dtype, width in self.width.items())
 
+    def fits(self, other: Layout) -> bool:
+        """Whether rows of the one are rows of the other."""
+        return self._fields == other._fields
+
     def pack(self, state: State) -> Packed:
         """``State`` of ``[S, *shape]`` tensors -> rows ``[S, width]``. Raises ``ValueError`` where it does not fit."""
         known = {(is_weight, key) for fields in self._fields.values() for is_weight, key, *_ in fields}

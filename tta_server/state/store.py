@@ -60,6 +60,18 @@ class StateStore:
         if lane not in self._lanes:
             self._lanes[lane] = _LaneStates(initial, self._new_pool)
 
+    def lanes(self) -> list[Lane]:
+        """The lanes that have room."""
+        return list(self._lanes)
+
+    def renew(self, lane: Lane, initial: State) -> None:
+        """Has new streams, and those that never committed a step, start from ``initial``, if its layout is the same."""
+        states = self._lanes[lane]
+        if states.layout.fits(Layout(initial)):
+            states.initial = {dtype: rows[0] for dtype, rows in states.layout.pack(initial).items()}
+            for stream in list(states.fresh):
+                self._leave_device(states, stream)
+
     def has_lane(self, lane: Lane) -> bool:
         """Whether :meth:`add_lane` was called since the lane's last state was dropped."""
         return lane in self._lanes
@@ -131,6 +143,18 @@ class StateStore:
             if not states.resident and not states.host:
                 del self._lanes[lane]
 
+    def move(self, old: Lane, new: Lane, stream: Stream) -> bool:
+        """Takes a stream's state from one lane to another, if their layouts are equal; its version stays.
+
+        Returns whether they are; else nothing changed.
+        """
+        if not self._lanes[old].layout.fits(self._lanes[new].layout):
+            return False
+        if self.tier(old, stream) != "none" and stream not in self._lanes[old].fresh:
+            self.restore(new, stream, self.export(old, stream), stream.version)
+        self.drop(old, stream)
+        return True
+
     def _forget(self, states: _LaneStates, stream: Stream) -> None:
         assert stream not in states.leased, f"stream {stream.id!r} is in a running step"
         self._leave_device(states, stream)
@@ -167,11 +191,6 @@ class StateStore:
             tier: (sum(n for n, _ in sizes), sum(n * size for n, size in sizes))
             for tier, sizes in (("device", device), ("host", host))
         }
-
-    def state_bytes(self, lane: Lane) -> int | None:
-        """Bytes of one stream's state in this lane; ``None`` before the lane's first request."""
-        states = self._lanes.get(lane)
-        return None if states is None else states.layout.bytes
 
     def tier(self, lane: Lane, stream: Stream) -> str:
         """Where the stream's state is: ``device``, ``host``, or ``none`` while it has none of its own."""

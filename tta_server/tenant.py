@@ -1,0 +1,442 @@
+"""One tenant's streams: open, predict, change, reset, close. Another tenant's streams are not in here at all.
+
+Runs on the event loop; the work goes to the device thread through ``dispatch``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from adapters import Policy, rng
+from adapters.source import SourcePolicy
+from tta_server.dispatch import Dispatcher, Flight
+from tta_server.engine.engine import Engine, initial_state
+from tta_server.engine.report import STEP_FAILS
+from tta_server.engine.source import SourceModel
+from tta_server.errors import BadInput, Conflict, QueueFull, UnknownName
+from tta_server.policies import make_policy, settings_of, starting_settings
+from tta_server.repository import Repository
+from tta_server.settings import NAME, Settings, TenantSettings, type_and_line
+from tta_server.state.slots import Layout
+from tta_server.types import Answer, Lane, Stream
+
+STREAM_ID = re.compile(NAME)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What all tenants share."""
+
+    settings: Settings
+    repository: Repository
+    dispatcher: Dispatcher
+    engine: Engine
+
+
+@dataclass(eq=False)
+class _Open:
+    """An open stream: its place in the order of creation, the bytes its state may take, its numbered requests."""
+
+    stream: Stream
+    place: int
+    bytes: int
+    last_number: int | None = None
+    last_answer: Answer | None = None
+    flights: dict[int, Flight] = field(default_factory=dict)
+
+
+class Tenant:
+    """The streams and predictions of one tenant. All methods are for the event loop's thread."""
+
+    def __init__(
+        self, name: str, backend: Backend, limits: Callable[[], TenantSettings], count: Callable[[], int]
+    ) -> None:
+        """``limits`` gives what the tenant may use now, ``count`` the open streams of all tenants."""
+        self.name, self._backend, self._limits, self._count = name, backend, limits, count
+        self._streams: dict[str, _Open] = {}
+        self._places = itertools.count(1)
+        self._source_policy = SourcePolicy()
+
+    def __len__(self) -> int:
+        """Open streams."""
+        return len(self._streams)
+
+    # Streams
+
+    def open(
+        self,
+        id: str,
+        model: str | None = None,
+        policy: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        adapt: bool | None = None,
+        replace: bool = False,
+    ) -> tuple[Stream, bool]:
+        """Creates the stream ``id``, or confirms one that is the same; with ``replace``, starts it afresh in any case.
+
+        Returns the stream and whether it is new.
+
+        What is left out is as it is on a stream that exists. On a new one, ``model`` is the only one there is,
+        ``policy`` the model's own, ``adapt`` on, and ``settings`` go over the model's preset for the policy, that over
+        the policy's defaults. Raises ``BadInput`` for what does not fit, ``UnknownName``, ``Unavailable`` for a model
+        that is not ready, ``Conflict`` when the stream exists otherwise or the policy cannot run on the model, and
+        ``QueueFull`` beyond a limit on streams.
+        """
+        _check_id(id)
+        existing = self._streams.get(id)
+        if existing is not None and not replace:
+            self._confirm(existing.stream, model, policy, settings)
+            if adapt is not None:
+                existing.stream.adapt = adapt
+            return existing.stream, False
+        source = self._backend.repository.get(model)
+        made = _make_policy(source, policy or source.settings.policy, settings)
+        size = self._size(source, made)
+        self._check_quota(0 if existing else 1, size - (existing.bytes if existing else 0))
+        stream = Stream(
+            id=id,
+            model=source.name,
+            policy=made,
+            random_key=rng.stream_key(id, self._backend.settings.server.seed),
+            created=time.time(),
+            digest=source.digest,
+            adapt=adapt is not False,
+        )
+        if existing is not None:
+            # Nobody waits for it; a shutdown that gives it up is not worth a complaint.
+            dropped = self._drop(existing.stream)
+            dropped.add_done_callback(lambda dropped: dropped.cancelled() or dropped.exception())
+            del self._streams[id]
+        self._streams[id] = _Open(stream, next(self._places), size)
+        return stream, True
+
+    def is_open(self, id: str) -> bool:
+        """Whether there is a stream ``id``."""
+        return id in self._streams
+
+    def stream(self, id: str) -> Stream:
+        """The open stream ``id``. Raises ``UnknownName``."""
+        return self._open(id).stream
+
+    def streams(self) -> Iterator[Stream]:
+        """All open streams, in order of creation."""
+        return (one.stream for one in self._streams.values())
+
+    def page(
+        self, after: int, limit: int, model: str | None = None, policy: str | None = None, adapt: bool | None = None
+    ) -> tuple[list[Stream], int | None]:
+        """Up to ``limit`` streams of this model, policy and toggle, in order of creation, from behind place ``after``.
+
+        Returns them and, if there are more, the place to go on behind.
+        """
+        found: list[_Open] = []
+        for one in self._streams.values():
+            stream = one.stream
+            wanted = model in (None, stream.model) and policy in (None, stream.policy.name)
+            if one.place > after and wanted and adapt in (None, stream.adapt):
+                if len(found) == limit:
+                    return [one.stream for one in found], found[-1].place
+                found.append(one)
+        return [one.stream for one in found], None
+
+    def last_number(self, stream: Stream) -> int | None:
+        """The newest request number that was answered."""
+        opened = self._streams.get(stream.id)
+        return opened.last_number if opened is not None and opened.stream is stream else None
+
+    def signals(self, stream: Stream) -> dict[str, float]:
+        """The moving averages of a stream's signals, see ``drift/monitor.py``."""
+        return self._backend.engine.monitor.read(stream)
+
+    def state_bytes(self, stream: Stream) -> int:
+        """Size of the stream's state, which it has from its first step on."""
+        opened = self._streams.get(stream.id)
+        return opened.bytes if opened is not None and opened.stream is stream else 0
+
+    def tier(self, stream: Stream) -> str:
+        """Where the stream's state is now: ``device``, ``host`` or ``none``."""
+        return self._backend.engine.store.tier(stream.lane, stream)
+
+    async def update(
+        self,
+        id: str,
+        adapt: bool | None = None,
+        policy: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> tuple[Stream, bool]:
+        """Changes a stream from the next request on; what is left out stays. Returns it and whether its state is kept.
+
+        ``settings`` go over those the stream has, or, with another ``policy``, over what that one starts from on the
+        model. The state is kept whole where policy and state layout stay the same (a learning rate, a threshold);
+        otherwise (another policy, window or optimiser) the stream starts again from the source.
+        """
+        opened = self._open(id)
+        stream, moving = opened.stream, None
+        if policy is not None or settings is not None:
+            source = self._source_of(stream)
+            if policy in (None, stream.policy.name):
+                made = make_policy(stream.policy.name, {**settings_of(stream.policy), **(settings or {})})
+            else:
+                made = _make_policy(source, policy or "", settings)
+            if made != stream.policy:
+                moving = self._move(opened, source, made)
+        if adapt is not None:
+            stream.adapt = adapt
+        return stream, moving is None or await moving
+
+    async def reset(self, id: str) -> Stream:
+        """Takes a stream back to the source once its requests so far are done; its request numbers go on.
+
+        The source is the model as it is now, if it is loaded: this is how a stream follows its model to new weights.
+        """
+        opened = self._open(id)
+        stream, engine = opened.stream, self._backend.engine
+        old = stream.lane
+        source = self._backend.repository.loaded().get(stream.model)
+        if source is not None and source.digest != stream.digest:
+            size = self._size(source, stream.policy)
+            self._check_quota(0, size - opened.bytes)
+            done = self._backend.dispatcher.command(stream, lambda: engine.leave(old, stream))
+            stream.digest, opened.bytes = source.digest, size
+        else:
+            done = self._backend.dispatcher.command(stream, lambda: engine.reset(old, stream))
+        await done
+        return stream
+
+    async def close(self, id: str, only: Stream | None = None) -> None:
+        """Forgets a stream. Its id is free at once; requests it still has under way are finished first.
+
+        With ``only``, does nothing when the id belongs to another stream by now, or to none.
+        """
+        if only is not None and (id not in self._streams or self._streams[id].stream is not only):
+            return
+        stream = self._open(id).stream
+        dropped = self._drop(stream)
+        del self._streams[id]
+        await dropped
+
+    # Predictions
+
+    async def predict(
+        self,
+        model: str | None,
+        x: Tensor,
+        *,
+        stream: str | None = None,
+        number: int | None = None,
+        adapt: bool | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+    ) -> tuple[Answer, bool]:
+        """Scores for ``x [N, ...]``, which :func:`check_input` has passed, and whether they are a stored answer.
+
+        Without a ``stream`` the plain source model answers. ``adapt`` overrides the stream's toggle for this request:
+        without adaptation the source model answers and the stream's state rests. ``number`` is the request number: a
+        repeated one gets the first one's answer and never adapts twice, one older than the last is a ``Conflict``.
+        ``timeout`` (seconds) may shorten the longest wait in the queue; ``priority`` as in :func:`types.head_start`.
+        """
+        if stream is None:
+            if number is not None:
+                raise BadInput("a request number needs a stream to be counted in")
+            source = self._backend.repository.get(model)
+            anonymous = Stream("", source.name, self._source_policy, 0, 0.0)
+            flight = self._launch(anonymous, source, self._source_policy, x, timeout, priority)
+            return await flight.wait(), False
+        opened = self._open(stream)
+        if model not in (None, opened.stream.model):
+            raise Conflict(f"stream {stream!r} belongs to model {opened.stream.model!r}, not to {model!r}")
+        if number is not None:
+            if number == opened.last_number:
+                if opened.last_answer is None:
+                    raise Conflict(
+                        f"request number {number} of stream {stream!r} was answered already, and its answer was too "
+                        "large to keep (limits.stored_answer_bytes)"
+                    )
+                return opened.last_answer, True
+            if number in opened.flights:
+                return await opened.flights[number].wait(), True
+            newest = max([*opened.flights, -1 if opened.last_number is None else opened.last_number])
+            if number < newest:
+                raise Conflict(f"request number {number} of stream {stream!r} is out of order: {newest} came before")
+        source = self._source_of(opened.stream)
+        opened.stream.last_seen = time.time()
+        wanted = opened.stream.adapt if adapt is None else adapt
+
+        def keep(answer: Answer | None) -> None:
+            if number is not None:
+                del opened.flights[number]
+                if answer is not None:
+                    opened.last_number = number
+                    opened.last_answer = _stored(answer, self._backend.settings.limits.stored_answer_bytes)
+
+        policy = opened.stream.policy if wanted else self._source_policy
+        flight = self._launch(opened.stream, source, policy, x, timeout, priority, keep)
+        if number is not None:
+            opened.flights[number] = flight
+        return await flight.wait(), False
+
+    def _launch(
+        self,
+        stream: Stream,
+        source: SourceModel,
+        policy: Policy,
+        x: Tensor,
+        timeout: float | None,
+        priority: int,
+        settled: Callable[[Answer | None], None] = lambda answer: None,
+    ) -> Flight:
+        """Queues a request, and has the model stay for it."""
+        repository = self._backend.repository
+
+        def over(answer: Answer | None) -> None:
+            repository.leave(source.name)
+            settled(answer)
+
+        lane = Lane(source.name, policy, source.digest)
+        flight = self._backend.dispatcher.launch(stream, lane, x, timeout, priority, over)
+        repository.enter(source.name)
+        return flight
+
+    def _move(self, opened: _Open, source: SourceModel, policy: Policy) -> Awaitable[bool]:
+        """Gives a stream another policy setting from now on; to be awaited for whether its state came along."""
+        size = self._size(source, policy)
+        self._check_quota(0, size - opened.bytes)
+        stream, engine, repository = opened.stream, self._backend.engine, self._backend.repository
+        old, new = stream.lane, Lane(source.name, policy, source.digest)
+        kept: list[bool] = []
+        done = self._backend.dispatcher.command(stream, lambda: kept.append(engine.move(old, new, stream)))
+        # From here on, requests queue behind the move and in the new lane.
+        stream.policy, opened.bytes = policy, size
+        repository.enter(source.name)
+        done.add_done_callback(lambda done: repository.leave(source.name))
+
+        async def told() -> bool:
+            await asyncio.shield(done)  # the model is needed until then, also when the client leaves
+            return kept[0]
+
+        return told()
+
+    def _source_of(self, stream: Stream) -> SourceModel:
+        """The stream's model. Raises ``Unavailable``, or ``Conflict`` when its weights are not the stream's."""
+        source = self._backend.repository.get(stream.model)
+        if source.digest != stream.digest:
+            raise Conflict(
+                f"stream {stream.id!r} adapted model {stream.model!r} with digest {stream.digest}, but the one that is "
+                f"loaded has {source.digest}; load the former, or reset the stream to start from the latter"
+            )
+        return source
+
+    def _size(self, source: SourceModel, policy: Policy) -> int:
+        """Bytes of a stream's state. Raises ``Conflict`` when the policy cannot run on the model.
+
+        The preset was tried at the start. Other settings may do where it does not, unless the step itself fails.
+        """
+        report = source.reports.get(policy.name, {})
+        reason: str | None = report.get("reason")
+        size = report.get("bytes_per_stream", 0)
+        tried = policy.name in source.reports and policy == _make_policy(source, policy.name, None)
+        if not tried and (reason is None or not reason.startswith(STEP_FAILS)):
+            reason = None
+            try:
+                size = Layout(initial_state(policy, source)).bytes
+            except (ValueError, RuntimeError) as error:  # torch raises the latter for what does not fit into memory
+                reason = type_and_line(error) if isinstance(error, RuntimeError) else str(error)
+        limit = self._backend.settings.limits.state_bytes
+        if reason is None and size > limit:
+            reason = f"a stream's state would be {size:,} bytes, over the limit limits.state_bytes = {limit:,}"
+        if reason is not None:
+            raise Conflict(f"policy {policy.name!r} cannot run on model {source.name!r}: {reason}")
+        return int(size)
+
+    def _check_quota(self, streams: int, bytes: int) -> None:
+        """Raises ``QueueFull`` where so many more streams, or bytes of state, are beyond a limit."""
+        limits, place, most = self._limits(), f"auth.tenants.{self.name}", self._backend.settings.limits.streams
+        if streams and self._count() >= most:
+            raise QueueFull(
+                f"{self._count()} streams are open; the limit is limits.streams = {most}. Delete streams that are done"
+            )
+        if streams and limits.streams is not None and len(self) >= limits.streams:
+            raise QueueFull(
+                f"{len(self)} streams are open; the limit is {place}.streams = {limits.streams}. "
+                "Delete streams that are done"
+            )
+        held = sum(one.bytes for one in self._streams.values()) if limits.state_bytes is not None else 0
+        if limits.state_bytes is not None and bytes > 0 and held + bytes > limits.state_bytes:
+            raise QueueFull(
+                f"the states of all streams may take {held + bytes:,} bytes then; the limit is "
+                f"{place}.state_bytes = {limits.state_bytes:,}. Delete streams that are done"
+            )
+
+    def _confirm(
+        self, stream: Stream, model: str | None, policy: str | None, settings: Mapping[str, Any] | None
+    ) -> None:
+        """Raises ``Conflict`` unless what is asked for is what the stream is."""
+        if model is not None and model != stream.model:
+            self._backend.repository.check_name(model)
+            raise Conflict(f"stream {stream.id!r} belongs to model {stream.model!r}, not to {model!r}")
+        if policy is None and settings is None:
+            return
+        source = self._source_of(stream)
+        made = _make_policy(source, policy or stream.policy.name, settings)
+        if made.name != stream.policy.name or (settings is not None and made != stream.policy):
+            raise Conflict(
+                f"stream {stream.id!r} runs policy {stream.policy.name!r} {settings_of(stream.policy)}, asked for was "
+                f"{made.name!r} {settings_of(made)}; change it with PATCH, or use another id"
+            )
+
+    def _open(self, id: str) -> _Open:
+        _check_id(id)
+        if id not in self._streams:
+            raise UnknownName(f"no stream {id!r}; create it with PUT /v1/streams/<id>")
+        return self._streams[id]
+
+    def _drop(self, stream: Stream) -> asyncio.Future[None]:
+        lane, engine = stream.lane, self._backend.engine
+        return self._backend.dispatcher.command(stream, lambda: engine.drop(lane, stream))
+
+
+def check_input(model: SourceModel, x: Tensor, max_rows: int) -> None:
+    """Raises ``BadInput`` unless ``x`` is 1 to ``max_rows`` rows of the model's input, finite and in its range."""
+    spec = model.settings.input
+    if tuple(x.shape[1:]) != spec.shape or x.dim() == 0:
+        raise BadInput(f"inputs must be [rows, {', '.join(map(str, spec.shape))}], got {list(x.shape)}")
+    if not 1 <= len(x) <= max_rows:
+        raise BadInput(f"a request holds 1 to {max_rows} rows (limits.rows_per_request), got {len(x)}")
+    values = x.numpy()  # torch would give up the interpreter lock for this, and wait for it again
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        row = int((~x.flatten(1).isfinite().all(1)).nonzero()[0])
+        raise BadInput(f"inputs must be finite, but row {row} holds NaN or infinity; the stream was left as it was")
+    if spec.range is not None:
+        slack = 1e-3 * (spec.range[1] - spec.range[0])
+        if low < spec.range[0] - slack or high > spec.range[1] + slack:
+            raise BadInput(
+                f"inputs must lie in [{spec.range[0]:g}, {spec.range[1]:g}] before normalisation, which the model "
+                f"does itself; got values from {low:g} to {high:g}"
+            )
+
+
+def _make_policy(source: SourceModel, name: str, settings: Mapping[str, Any] | None) -> Policy:
+    return make_policy(name, {**starting_settings(name, source.settings), **(settings or {})})
+
+
+def _check_id(id: str) -> None:
+    if not STREAM_ID.fullmatch(id):
+        raise BadInput(f"a stream id has 1 to 128 of A-Z a-z 0-9 . _ : -, got {id[:150]!r}")
+
+
+def _stored(answer: Answer, limit: int) -> Answer | None:
+    """A copy to keep, which pins nobody else's rows; ``None`` when its scores are over ``limit`` bytes."""
+    if answer.logits.nbytes > limit:
+        return None
+    own = {name: getattr(answer, name).clone() for name in ("logits", "entropy", "confidence")}
+    return replace(answer, **own)
