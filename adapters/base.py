@@ -22,6 +22,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -75,10 +76,19 @@ class Segments:
         self.sizes = sizes
         self.rows = sum(sizes)
         self.streams = len(sizes)
-        self.counts = torch.tensor(sizes, device=device)
-        streams = torch.arange(self.streams, device=device)
-        self.of_row = torch.repeat_interleave(streams, self.counts, output_size=self.rows)
+        self._device = device
         self._counts_as: dict[torch.dtype, Tensor] = {}
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Rows of each stream, ``[S]``."""
+        return torch.tensor(self.sizes, device=self._device)
+
+    @cached_property
+    def of_row(self) -> Tensor:
+        """The stream of each row, ``[N]``."""
+        streams = torch.arange(self.streams, device=self._device)
+        return torch.repeat_interleave(streams, self.counts, output_size=self.rows)
 
     def sum(self, rows: Tensor) -> Tensor:
         """Sum ``rows [N, ...]`` within each stream -> ``[S, ...]``, 0 without rows. Differentiable."""

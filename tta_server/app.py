@@ -29,6 +29,7 @@ from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine
 from tta_server.engine.report import check_defaults, policy_report
 from tta_server.engine.source import SourceModel, choose_device, load_model
+from tta_server.engine.threads import in_passing
 from tta_server.errors import ConfigError
 from tta_server.http import infer, problems, streams, v1, v2
 from tta_server.http.guard import guarded, needs
@@ -59,8 +60,11 @@ def load_models(settings: Settings) -> dict[str, SourceModel]:
 
 
 def _load(settings: Settings, name: str) -> SourceModel:
-    model = load_model(name, settings, choose_device(settings.server.device))
-    return replace(model, reports={policy: policy_report(policy, model) for policy in adapters.policies()})
+    def load() -> SourceModel:
+        model = load_model(name, settings, choose_device(settings.server.device))
+        return replace(model, reports={policy: policy_report(policy, model) for policy in adapters.policies()})
+
+    return in_passing(load)
 
 
 def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:

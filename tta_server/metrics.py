@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -24,7 +26,6 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from torch import Tensor
 
 from tta_server import __version__
 from tta_server.types import AGREEMENT, DRIFT, Call, StepStats
@@ -154,8 +155,9 @@ class PrometheusRecorder:
         rows = sum(job.rows for job in stats.jobs)
         self._batch_rows.labels(model).observe(rows)
         self._predictions.labels(model, policy).inc(rows)
-        self._confidence.observe(model, torch.cat([job.confidence for job in stats.jobs]))
-        self._entropy.observe(model, torch.cat([job.entropy for job in stats.jobs]) / math.log(stats.classes))
+        self._confidence.observe(model, np.concatenate([job.confidence.numpy() for job in stats.jobs]))
+        entropy = np.concatenate([job.entropy.numpy() for job in stats.jobs])
+        self._entropy.observe(model, entropy / math.log(stats.classes))
         for job in stats.jobs:
             self._queue_seconds.labels(model).observe(job.queue_seconds)
             if job.result != "none":
@@ -176,26 +178,25 @@ class PrometheusRecorder:
 
 
 class RowHistogram(Collector):
-    """A histogram by model that takes a whole tensor of observations at once; non-finite ones are left out."""
+    """A histogram by model that takes a whole array of observations at once; non-finite ones are left out."""
 
     def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
         self._name, self._text = name, text
-        self._bounds = torch.tensor(bounds, dtype=torch.float64)
+        self._bounds = np.array(bounds, dtype=np.float64)
         self._labels = [*(str(float(bound)) for bound in bounds), "+Inf"]
-        self._totals: dict[str, tuple[Tensor, float]] = {}
+        self._totals: dict[str, tuple[NDArray[np.int64], float]] = {}
 
-    def observe(self, model: str, values: Tensor) -> None:
+    def observe(self, model: str, values: NDArray[np.floating[Any]]) -> None:
         """Counts ``values [N]``."""
-        values = values.double()
-        values = values[values.isfinite()]
-        counts = torch.bincount(torch.bucketize(values, self._bounds), minlength=len(self._labels))
-        before, total = self._totals.get(model, (torch.zeros_like(counts), 0.0))
-        self._totals[model] = (before + counts, total + values.sum().item())
+        values = values[np.isfinite(values)].astype(np.float64)
+        counts = np.bincount(np.searchsorted(self._bounds, values), minlength=len(self._labels))
+        before, total = self._totals.get(model, (np.zeros_like(counts), 0.0))
+        self._totals[model] = (before + counts, total + float(values.sum()))
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
         for model, (counts, total) in list(self._totals.items()):
-            buckets = list(zip(self._labels, counts.cumsum(0).double().tolist(), strict=True))
+            buckets = list(zip(self._labels, counts.cumsum().astype(float).tolist(), strict=True))
             family.add_metric([model], buckets, total)
         yield family
 

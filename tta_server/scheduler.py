@@ -52,6 +52,7 @@ class Scheduler:
         self._ready: dict[Lane | None, list[tuple[tuple[float, int], Job]]] = {}
         self._expired: list[Job] = []
         self._waiting = 0
+        self._running = 0
         self._pace = 0.0
 
     def __len__(self) -> int:
@@ -66,7 +67,7 @@ class Scheduler:
     @property
     def expected_wait(self) -> float:
         """Seconds until a job submitted now would run, going by the pace of late; what runs now counts as waiting."""
-        return (self._waiting + len(self._busy)) * self._pace
+        return (self._waiting + self._running) * self._pace
 
     def ran(self, plan: Plan, seconds: float) -> None:
         """Tells how long a plan took: the pace is a moving average over jobs, with a half-life of about 20."""
@@ -83,7 +84,7 @@ class Scheduler:
         expected = self.expected_wait
         if expected > SURE * max(wait, 0.0):
             raise QueueFull(
-                f"{self._waiting} requests wait and {len(self._busy)} run, which takes about {expected:.1f} s; this "
+                f"{self._waiting} requests wait and {self._running} run, which takes about {expected:.1f} s; this "
                 f"one may wait {max(wait, 0.0):.3g} s (its timeout, or limits.queue_seconds)",
                 math.ceil(expected - SURE * max(wait, 0.0)),
             )
@@ -129,6 +130,7 @@ class Scheduler:
             jobs = self._take(lane, now)
             if jobs:
                 self._busy.update(job.stream for job in jobs)
+                self._running += 0 if lane is None else len(jobs)
                 return Plan(lane, jobs, self._is_late(jobs[0], now))
         return None
 
@@ -138,6 +140,7 @@ class Scheduler:
 
     def complete(self, plan: Plan) -> None:
         """The plan is over: its streams' next jobs become ready."""
+        self._running -= 0 if plan.lane is None else len(plan.jobs)
         for job in plan.jobs:
             self._busy.remove(job.stream)
             self._advance(job.stream)

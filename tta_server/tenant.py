@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from adapters import Policy, rng
@@ -22,6 +23,7 @@ from tta_server.dispatch import Dispatcher, Flight
 from tta_server.engine.engine import Engine, initial_state
 from tta_server.engine.report import STEP_FAILS
 from tta_server.engine.source import SourceModel
+from tta_server.engine.threads import in_passing
 from tta_server.errors import BadInput, Conflict, QueueFull, UnknownName
 from tta_server.policies import make_policy, settings_of, starting_settings
 from tta_server.repository import Repository
@@ -347,7 +349,7 @@ class Tenant:
         if not tried and (reason is None or not reason.startswith(STEP_FAILS)):
             reason = None
             try:
-                size = Layout(initial_state(policy, source)).bytes
+                size = in_passing(lambda: Layout(initial_state(policy, source)).bytes)
             except (ValueError, RuntimeError) as error:  # torch raises the latter for what does not fit into memory
                 reason = type_and_line(error) if isinstance(error, RuntimeError) else str(error)
         limit = self._backend.settings.limits.state_bytes
@@ -411,10 +413,10 @@ def check_input(model: SourceModel, x: Tensor, max_rows: int) -> None:
         raise BadInput(f"inputs must be [rows, {', '.join(map(str, spec.shape))}], got {list(x.shape)}")
     if not 1 <= len(x) <= max_rows:
         raise BadInput(f"a request holds 1 to {max_rows} rows (limits.rows_per_request), got {len(x)}")
-    values = x.numpy()  # torch would give up the interpreter lock for this, and wait for it again
+    values = x.numpy()  # not torch: see ``engine/threads.py``
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        row = int((~x.flatten(1).isfinite().all(1)).nonzero()[0])
+        row = int(np.isfinite(values.reshape(len(values), -1)).all(1).argmin())
         raise BadInput(f"inputs must be finite, but row {row} holds NaN or infinity; the stream was left as it was")
     if spec.range is not None:
         slack = 1e-3 * (spec.range[1] - spec.range[0])

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -41,6 +42,18 @@ class _Served:
     entropy: Tensor
     confidence: Tensor
     sampled: list[int]
+
+    @cached_property
+    def entropies(self) -> Sequence[Tensor]:
+        """By job."""
+        parts: Sequence[Tensor] = self.entropy.split(self.run.segments.sizes)
+        return parts
+
+    @cached_property
+    def confidences(self) -> Sequence[Tensor]:
+        """By job."""
+        parts: Sequence[Tensor] = self.confidence.split(self.run.segments.sizes)
+        return parts
 
 
 class Engine:
@@ -153,7 +166,7 @@ class Engine:
                 self.store.release(lease)
         shadow_seconds = self._measure(model, lane, jobs, served, signals)
         sizes = run.segments.sizes
-        rows = zip(served.entropy.split(sizes), served.confidence.split(sizes), strict=True)
+        rows = zip(served.entropies, served.confidences, strict=True)
         means = zip(_means(served.entropy, sizes), _means(served.confidence, sizes), strict=True)
         stats = []
         for job, (entropy, confidence), mean, result, own in zip(jobs, rows, means, results, signals, strict=True):
@@ -187,7 +200,7 @@ class Engine:
         """Answers every job; returns whose scores were finite."""
         sizes = served.run.segments.sizes
         finite = [mean == 1 for mean in _means(served.logits.isfinite().all(1), sizes)]
-        parts = (one.split(sizes) for one in (served.logits, served.entropy, served.confidence))
+        parts = (served.logits.split(sizes), served.entropies, served.confidences)
         for job, sound, logits, entropy, confidence in zip(jobs, finite, *parts, strict=True):
             if not sound:
                 answer(job, StepFailed("the scores for these inputs are not finite; the stream was left as it was"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -16,6 +17,7 @@ from pydantic import (
 )
 
 from tta_server.errors import BadInput
+from tta_server.http.values import softmax
 from tta_server.policies import settings_of
 from tta_server.settings import InputSettings
 from tta_server.tenant import Tenant
@@ -444,7 +446,8 @@ def prediction(
     stream: Stream, answer: Answer, replayed: bool, labels: tuple[str, ...], output: str, top_k: int | None
 ) -> dict[str, Any]:
     """:class:`Prediction` as a dict; ``output`` is ``probabilities``, ``logits`` or ``none``."""
-    classes = answer.logits.argmax(1)
+    logits = answer.logits.numpy()
+    classes = logits.argmax(1)
     content: dict[str, Any] = {
         "stream": stream.id,
         "model": stream.model,
@@ -453,7 +456,7 @@ def prediction(
         "adapted": answer.adapted,
         "shed": answer.shed,
         "replayed": replayed,
-        "classes": classes.numpy(),
+        "classes": classes,
         "labels": [labels[index] for index in classes.tolist()],
         "confidence": answer.confidence.numpy(),
         "entropy": answer.entropy.numpy(),
@@ -463,11 +466,12 @@ def prediction(
         "inference_seconds": answer.inference_seconds,
     }
     if output != "none":
-        content[output] = (answer.logits.softmax(1) if output == "probabilities" else answer.logits).numpy()
+        content[output] = softmax(logits) if output == "probabilities" else logits
     if top_k is not None:
-        best = answer.logits.softmax(1).topk(min(top_k, len(labels)))
+        probabilities = softmax(logits)
+        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
         content["top"] = [
             [{"class": index, "label": labels[index], "probability": one} for one, index in zip(*row, strict=True)]
-            for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            for row in zip(np.take_along_axis(probabilities, best, 1).tolist(), best.tolist(), strict=True)
         ]
     return content

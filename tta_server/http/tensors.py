@@ -18,7 +18,17 @@ from tta_server.errors import BadInput, TooLarge
 from tta_server.http.images import check_total, decode_image
 from tta_server.http.schemas import InferInput, InferOutput
 from tta_server.http.values import DATATYPES as DATATYPES
-from tta_server.http.values import Array, check_rows, find_datatype, from_bytes, from_json, size_of, to_rows, unnest
+from tta_server.http.values import (
+    Array,
+    check_rows,
+    find_datatype,
+    from_bytes,
+    from_json,
+    size_of,
+    softmax,
+    to_rows,
+    unnest,
+)
 from tta_server.settings import InputSettings, LimitSettings
 
 OUTPUTS = ("logits", "probabilities")
@@ -226,11 +236,12 @@ def encode_outputs(
     """
     entries: list[dict[str, Any]] = []
     blobs: list[bytes] = []
+    served: Array = logits.float().numpy()
     for output in check_outputs(asked):
-        scores = logits if output.name == "logits" else logits.softmax(1)
+        scores = served if output.name == "logits" else softmax(served)
         entry: dict[str, Any] = {"name": output.name}
         if output.classes is None:
-            data: Array | list[str] = scores.flatten().float().numpy()
+            data: Array | list[str] = scores.reshape(-1)
             entry |= {"datatype": "FP32", "shape": list(scores.shape)}
         else:
             data = _best(scores, output.classes, classes)
@@ -244,10 +255,12 @@ def encode_outputs(
     return entries, blobs
 
 
-def _best(scores: Tensor, count: int, classes: tuple[str, ...]) -> list[str]:
+def _best(scores: Array, count: int, classes: tuple[str, ...]) -> list[str]:
     """``score:index:label`` of each row's best classes; of equal ones the first comes first."""
-    best, indices = (sort[:, :count].flatten().tolist() for sort in scores.sort(dim=1, descending=True, stable=True))
-    return [f"{score:f}:{index}:{classes[index]}" for score, index in zip(best, indices, strict=True)]
+    indices = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    best = np.take_along_axis(scores, indices, axis=1)
+    pairs = zip(best.reshape(-1).tolist(), indices.reshape(-1).tolist(), strict=True)
+    return [f"{score:f}:{index}:{classes[index]}" for score, index in pairs]
 
 
 def _to_bytes(data: Array | list[str]) -> bytes:

@@ -103,8 +103,17 @@ def to_rows(values: Array, spec: InputSettings) -> Tensor:
 
     Copied only where torch could not use it as it is: not in row order, not aligned, or not to be written to.
     """
-    tensor = torch.from_numpy(np.require(values, requirements=("C", "A", "W")))
-    return spec.from_pixels(tensor) if tensor.dtype == torch.uint8 else tensor
+    if values.dtype == np.uint8:
+        low, high = spec.range or (0.0, 1.0)
+        values = np.float32(low) + np.float32(high - low) * (values / np.float32(255))
+    return torch.from_numpy(np.require(values, requirements=("C", "A", "W")))
+
+
+def softmax(scores: Array) -> Array:
+    """``exp(z_c) / sum_k exp(z_k)`` of each row of ``scores [N, C]``, float32."""
+    powers: Array = np.exp(scores - scores.max(1, keepdims=True))
+    powers /= powers.sum(1, keepdims=True)
+    return powers
 
 
 def unnest(data: Any, name: str) -> tuple[list[Any], tuple[int, ...]]:
