@@ -14,7 +14,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tta_server.access import LOOKS_AGAIN, Access, Grant
+from tta_server.access import LOOKS_AGAIN, Access, Grant, Room
 from tta_server.errors import ConfigError, Forbidden, QueueFull, Unauthenticated
 from tta_server.settings import AuthSettings, Right, TenantSettings
 
@@ -398,3 +398,19 @@ def test_what_is_refused_for_one_limit_costs_nothing_of_the_other() -> None:
     clock.now += 1.0
     with access.call("a"):
         pass
+
+
+def test_room_is_shared_and_given_back() -> None:
+    room = Room(100)
+    with room.hold() as one, room.hold() as other:
+        one(60)
+        other(40)
+        with pytest.raises(QueueFull, match=r"take 100 bytes.*limits\.bodies_bytes = 100"):
+            other(1)
+    with room.hold() as one:
+        one(100)
+    with suppress(ZeroDivisionError), room.hold() as one:
+        one(100)
+        raise ZeroDivisionError
+    with room.hold() as one:
+        one(100)

@@ -448,7 +448,7 @@ async def test_a_prediction_that_failed_does_not_give_its_number_back(site: Site
     with pytest.raises(BadInput, match="inputs must be"):
         await done(stream.predict(images()[:, :2]))
     assert (await done(stream.predict(images()))).version == 2
-    assert [parameters_of(request)["tta_seq"] for request in site.network.seen[-3:]] == [1, 2, 3]
+    assert [parameters_of(request)["tta_seq"] for request in site.network.seen[-3:]] == [2, 3, 4]
 
 
 async def test_retries_can_be_switched_off(loaded: Loaded, kind: Any) -> None:
@@ -497,7 +497,7 @@ async def test_calls_on_one_stream_keep_their_order(site: Site) -> None:
 async def test_two_objects_that_number_one_stream_notice(site: Site) -> None:
     one, other = await site.stream(policy="tent"), await site.stream(policy="tent")
     await done(one.predict(images()))
-    with pytest.raises(Conflict, match="request number 0 of stream 's' was used before"):
+    with pytest.raises(Conflict, match="request number 1 of stream 's' was used before"):
         await done(other.predict(images(1)))
     assert (await done(other.predict(images(1)))).version == 1
     await done(other.predict(images(1)))

@@ -113,7 +113,6 @@ def test_a_variable_may_be_empty_but_not_missing(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("TTA_TEST_EMPTY")
     said = fault(tmp_path, {"models": {"m": MODEL}, "server": {"host": "a${TTA_TEST_EMPTY}b"}})
     assert "the environment variable TTA_TEST_EMPTY is not set" in said
-    assert "'a${TTA_TEST_EMPTY}b'" in said
 
 
 def test_what_a_variable_holds_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +281,7 @@ def test_a_file_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (f"tokens: [{{token: {SECRET}, rights: [root]}}]", "tokens.0.rights.0: "),
         (f"tokens: [{{token: {SECRET}, tenant: a/b}}]", "tokens.0.tenant: "),
         ("tenants: {a b: {}}", "tenants."),
-        ("tenants: {a: {streams: 0}}", "tenants.a.streams: Input should be greater than 0, got 0"),
+        ("tenants: {a: {streams: 0}}", "tenants.a.streams: Input should be greater than 0"),
         ("tenants: {a: {requests_per_second: 0}}", "tenants.a.requests_per_second: "),
         ("file: more.yaml", "file: Extra inputs are not permitted"),
         (f"- token: {SECRET}", "must be a mapping with the keys tokens, tenants"),
@@ -407,3 +406,31 @@ def test_the_config_may_be_named_from_its_own_folder(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     settings = load_settings(Path("config.yaml"))
     assert settings.find("w.safetensors").resolve() == tmp_path / "w.safetensors"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tokns": [{"token": "SECRETSECRETSECRET"}]},
+        {"atuh": {"tokens": [{"token": "SECRETSECRETSECRET"}]}},
+        {"server": {"tls": {"certificate": "c", "key": "k", "key_password": 5318008}}},
+        {"server": {"tlss": {"key_password": "SECRETSECRETSECRET"}}},
+        {"auth": {"tokens": [{"token": "SECRETSECRETSECRET ${TTA_TEST_NOT_SET}"}]}},
+    ],
+    ids=["tokns", "atuh", "password", "tlss", "variable"],
+)
+def test_a_secret_under_a_wrong_name_is_in_no_message(tmp_path: Path, config: dict[str, Any]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"models": {"m": MODEL}, **config}))
+    with pytest.raises(ConfigError) as refused:
+        load_settings(path)
+    assert "SECRET" not in str(refused.value)
+    assert "5318008" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, "a: &a [*a]"], ids=["deep", "circle"])
+def test_a_file_that_never_ends_is_a_fault_of_the_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tokens.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_access(path)

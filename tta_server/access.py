@@ -10,6 +10,7 @@ import hmac
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,6 +128,38 @@ class Access:
         if len({digest for digest, _ in grants}) < len(grants):
             raise ConfigError("two entries of auth.tokens, or of the tokens file, have the same token")
         self._grants, self._tenants = grants, {**self._own.tenants, **file.tenants}
+
+
+class Room:
+    """Memory for request bodies, of all requests together. Used from several threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used, self._lock = limit, 0, threading.Lock()
+
+    @contextmanager
+    def hold(self) -> Iterator[Callable[[int], None]]:
+        """Gives what takes room for so many more bytes, all of it given back in the end.
+
+        That raises ``QueueFull`` where there is not so much.
+        """
+        held = 0
+
+        def take(count: int) -> None:
+            nonlocal held
+            with self._lock:
+                if self._used + count > self._limit:
+                    raise QueueFull(
+                        f"the bodies of all requests take {self._used} bytes of memory already; the limit is "
+                        f"limits.bodies_bytes = {self._limit}"
+                    )
+                self._used += count
+                held += count
+
+        try:
+            yield take
+        finally:
+            with self._lock:
+                self._used -= held
 
 
 class _Meter:

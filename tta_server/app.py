@@ -35,6 +35,7 @@ from tta_server.http import infer, problems, streams, v1, v2
 from tta_server.http.guard import guarded, needs
 from tta_server.http.protocol import bounded
 from tta_server.http.schemas import REQUESTS
+from tta_server.http.wire import PROBLEMS
 from tta_server.metrics import PrometheusRecorder, Recorder, Recorders
 from tta_server.policies import make_policy, starting_settings
 from tta_server.runner import HANGS, Runner
@@ -111,7 +112,7 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    operations = APIRouter(tags=["operations"], route_class=guarded(service))
+    operations = APIRouter(tags=["operations"], responses=PROBLEMS, route_class=guarded(service))
 
     @operations.get("/metrics", response_class=Response)
     @needs(Right.METRICS)
@@ -246,13 +247,21 @@ class _Measured:
         started, call = time.monotonic(), Call()
         scope["call"] = call
 
+        begun = False
+
         async def watched(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
-                call.code = message["status"]
+                begun, call.code = True, message["status"]
             await send(message)
 
         try:
             await self._app(scope, receive, watched)
+        except Exception as error:
+            if begun:
+                raise
+            # Here and not in the framework's own handler, which raises on: the connection would not survive that.
+            await problems.unexpected(scope["path"], error)(scope, receive, watched)
         finally:
             call.route = getattr(scope.get("route"), "path", "unmatched")
             call.seconds = time.monotonic() - started

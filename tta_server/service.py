@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from adapters.source import SourcePolicy
-from tta_server.access import Access
+from tta_server.access import Access, Room
 from tta_server.dispatch import Dispatcher
 from tta_server.engine.source import SourceModel
 from tta_server.metrics import Levels
@@ -25,6 +25,7 @@ class Service:
         self, settings: Settings, models: Mapping[str, SourceModel], runner: Runner, access: Access, load: Load
     ) -> None:
         self.settings, self.access, self._runner = settings, access, runner
+        self.room = Room(settings.limits.bodies_bytes)
         dispatcher = Dispatcher(runner, settings.limits.queue_seconds)
 
         def on_device(command: Callable[[], None]) -> asyncio.Future[None]:

@@ -23,7 +23,7 @@ _part = reprlib.Repr()
 """Shows a part of what may be large."""
 _part.maxstring = _part.maxother = 80
 
-_SECRET = {"auth", "tokens", "token"}
+_SECRET = {"auth", "tokens", "token", "key_password"}
 """Places in a config whose values are in no message."""
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -112,6 +112,8 @@ class LimitSettings(_Settings):
     """Largest request body, as sent."""
     inflated_bytes: Positive = 256 * 2**20
     """Largest request body after decompression."""
+    bodies_bytes: Positive = 2**30
+    """Memory that the bodies of all requests under way may take together, decompressed."""
     json_bytes: Positive = 32 * 2**20
     """Largest JSON document: a whole JSON body, or the header of one with binary tensors. Parsed, it takes several
     times its size in memory."""
@@ -330,14 +332,17 @@ def load_access(path: Path) -> AccessSettings:
 def _read(path: Path, kind: type[S], **more: Any) -> S:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the config file {path}: {_problem(error)}") from error
     if not isinstance(raw, dict) or raw.keys() & more.keys():
         raise ConfigError(f"the config file {path} must be a mapping with the keys {', '.join(_keys(kind))}")
     try:
         return kind.model_validate({**_substitute(raw, path), **more})
+    except RecursionError as error:
+        raise ConfigError(f"cannot read the config file {path}: something in it holds itself") from error
     except ValidationError as error:
-        raise ConfigError(f"the config file {path} does not fit:\n{explain(error)}") from error
+        told = kind is not AccessSettings
+        raise ConfigError(f"the config file {path} does not fit:\n{explain(error, show=told)}") from error
 
 
 def _problem(error: Exception) -> str:
@@ -369,12 +374,15 @@ def _dotted(place: Sequence[int | str]) -> str:
     return ".".join(str(part) for part in place) or "(top)"
 
 
-def explain(error: ValidationError, name: Callable[[Sequence[int | str]], str] = _dotted) -> str:
-    """The faults of a pydantic error as lines of ``place: what was wrong, got value``; ``name`` writes the places."""
+def explain(error: ValidationError, name: Callable[[Sequence[int | str]], str] = _dotted, show: bool = True) -> str:
+    """The faults of a pydantic error as lines of ``place: what was wrong, got value``; ``name`` writes the places.
+
+    Values are left out where a secret may be in them, without ``show`` everywhere.
+    """
     lines = []
     for fault in error.errors():
         place = name(fault["loc"])
-        told = fault["type"] != "missing" and _SECRET.isdisjoint(fault["loc"])
+        told = show and fault["type"] not in ("missing", "extra_forbidden") and _SECRET.isdisjoint(fault["loc"])
         got = f", got {_part.repr(fault['input'])}" if told else ""
         lines.append(f"  {place}: {fault['msg']}{got}")
     return "\n".join(lines)
@@ -401,7 +409,7 @@ def _substitute(value: Any, path: Path) -> Any:
     def fill(match: re.Match[str]) -> str:
         name = match[1]
         if name not in os.environ:
-            raise ConfigError(f"{path} uses ${{{name}}} in {value!r}, but the environment variable {name} is not set")
+            raise ConfigError(f"{path} uses ${{{name}}}, but the environment variable {name} is not set")
         return os.environ[name]
 
     return _VARIABLE.sub(fill, value)

@@ -114,10 +114,7 @@ class Tenant:
             adapt=adapt is not False,
         )
         if existing is not None:
-            # Nobody waits for it; a shutdown that gives it up is not worth a complaint.
-            dropped = self._drop(existing.stream)
-            dropped.add_done_callback(lambda dropped: dropped.cancelled() or dropped.exception())
-            del self._streams[id]
+            self.discard(existing.stream)
         self._streams[id] = _Open(stream, next(self._places), size)
         return stream, True
 
@@ -225,6 +222,15 @@ class Tenant:
         dropped = self._drop(stream)
         del self._streams[id]
         await dropped
+
+    def discard(self, stream: Stream) -> None:
+        """Forgets a stream, unless its id is another's by now. Nobody waits for it."""
+        opened = self._streams.get(stream.id)
+        if opened is not None and opened.stream is stream:
+            dropped = self._drop(stream)
+            # A shutdown that gives it up is not worth a complaint.
+            dropped.add_done_callback(lambda dropped: dropped.cancelled() or dropped.exception())
+            del self._streams[stream.id]
 
     # Predictions
 

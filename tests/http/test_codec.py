@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tta_server.errors import BadInput, TooLarge
 from tta_server.http.codec import decode_inputs, multipart
+from tta_server.http.tensors import decode_images
 from tta_server.settings import InputSettings, LimitSettings
 
 COLOUR = InputSettings(shape=(3, 8, 8))
@@ -720,3 +721,25 @@ def test_json_over_its_limits_is_refused() -> None:
 @pytest.mark.parametrize("body", [b'{"inputs": [1, 2, 3, 4], "outputs": 5}', b"{}", b'{"input": []}'])
 def test_other_keys_are_refused(body: bytes) -> None:
     refused(body, "must hold 'inputs' and nothing else", VECTOR)
+
+
+@pytest.mark.parametrize("shape", ["(True, 3, 8, 8)", "(1.0, 3, 8, 8)"])
+def test_the_shape_of_an_npy_array_is_of_whole_numbers(shape: str) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    body = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(4 * 3 * 8 * 8)
+    with pytest.raises(BadInput):
+        decode_inputs(bytearray(body), COLOUR, LimitSettings())
+
+
+def test_the_images_of_a_request_have_room_together() -> None:
+    """Seen from their headers, before the first is decoded."""
+    images = [("one", encoded(40, 30)), ("two", encoded(40, 30))]
+    assert decode_images(images, PHOTO, LimitSettings(image_pixels=2400)).shape == (2, 3, 16, 12)
+    with pytest.raises(TooLarge, match=r"2400 pixels together; the limit is limits\.image_pixels"):
+        decode_images(images, PHOTO, LimitSettings(image_pixels=2399))
+
+
+def encoded(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (10, 200, 30)).save(file, "PNG")
+    return file.getvalue()

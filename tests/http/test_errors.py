@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -348,3 +349,17 @@ def test_every_error_of_ours_has_its_status() -> None:
 
     ours = {kind for kind in kinds(TtaError) if kind.__module__ == TtaError.__module__}
     assert ours - {ConfigError} <= problems.STATUS.keys()
+
+
+async def test_an_unexpected_error_ends_in_the_application(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised on to the server, it would cost the connection, and with it somebody else's next request."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr(server.service, "check_room", broken)
+    await server.open("s")
+    transport = httpx.ASGITransport(server.app, raise_app_exceptions=True)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        response = await client.post("/v1/streams/s/predict", content=b"x")
+        assert error_of(response, 500) == "internal error: ZeroDivisionError"

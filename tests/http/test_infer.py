@@ -550,3 +550,30 @@ async def test_v1_tells_of_pressure_too(loaded: Loaded) -> None:
         let_pass(server.runner, 20.0)
         gate.open()
         assert [(await task)["shed"] for task in tasks] == [True, True]
+
+
+# Sequences that come to nothing
+
+
+async def test_a_stream_that_begins_and_ends_unanswered_is_closed(server: Server) -> None:
+    """Late here. Nothing else would ever close it; a live stream stays, so that its last request can be sent again."""
+    gate = await server.hold()
+    for id in ("new", "other"):
+        answer = await server.infer(rows(1), 504, sequence_id=id, sequence_start=True, sequence_end=True, timeout=1000)
+        assert "waited 0.001 s" in answer["error"]
+    gate.open()
+    assert await server.json("GET", "/v1/streams") == {"streams": [], "next": None}
+    await server.adapt("s")
+    await server.infer(rows(1), 400, sequence_id="s", sequence_end=True, tta_seq="x")
+    assert (await server.info("s"))["version"] == 2
+
+
+async def test_a_request_without_an_id_neither_begins_nor_ends_a_stream(loaded: Loaded) -> None:
+    async with running(loaded, streams={"default": "shared"}) as server:
+        await server.infer(rows(4))
+        for control in ("sequence_start", "sequence_end"):
+            answer = await server.json("POST", INFER, json=infer_body(rows(4)) | {"parameters": {control: True}})
+            assert "replaced" not in answer["parameters"]
+        assert (await server.info("shared"))["version"] == 3
+        refused = await server.infer(rows(1), 400, tta_policy="norm")
+        assert "tta_policy needs a sequence_id" in refused["error"]

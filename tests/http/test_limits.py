@@ -480,3 +480,23 @@ async def test_a_client_that_leaves_while_its_step_runs_costs_nobody_else(
     await request
     gate.open()
     assert (await server.predict("s", rows(4)))["version"] == 1
+
+
+# Room for all bodies
+
+
+@pytest.mark.parametrize("path", [PREDICT, INFER])
+async def test_bodies_have_room_together(loaded: Loaded, path: str) -> None:
+    """What is inflated counts, and is given back, refused or not."""
+    async with running(loaded, limits={"bodies_bytes": 1_000_000}) as server:
+        await server.adapt()
+        bomb = gzip.compress(bytes(2_000_000))
+        for _ in range(3):
+            async with untouched(server):
+                response = await server.client.post(path, content=bomb, headers={"content-encoding": "gzip"})
+                text = error_of(response, 429)
+                assert "limits.bodies_bytes = 1000000" in text
+                assert int(response.headers["retry-after"]) >= 1
+        assert server.service.room._used == 0
+        await server.predict("s", rows(2))
+        assert server.service.room._used == 0

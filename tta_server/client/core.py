@@ -203,7 +203,8 @@ class Numbered:
     def __init__(self, info: Json) -> None:
         self.id, self.model = str(info["id"]), str(info["model"])
         self._path = stream_path(self.id)
-        self._next = 0 if info["last_number"] is None else int(info["last_number"]) + 1
+        # Not from 0: a request of number 0 would begin the stream anew, with defaults, if the server lost it.
+        self._next = int(info["last_number"] or 0) + 1
 
     def _infer(self, images: ArrayLike, adapt: bool | None, timeout: float | None) -> Call[Answer]:
         """A prediction under the next number, to be sent before another one is made."""

@@ -41,7 +41,8 @@ def is_tracing() -> bool:
 def trace(run: Run, rows: Tensor) -> Run | None:
     """``run`` as a graph, or ``None`` where it is not proven to be the same.
 
-    ``rows [64, ...]`` are inputs to try it with, all different. The graph holds a copy of the weights.
+    ``rows [64, ...]`` are inputs to try it with, all different. The weights must not be changed in place later on: the
+    graph has copies of some and shares others.
     """
     try:
         with warnings.catch_warnings(record=True) as warned, torch.no_grad():
@@ -50,7 +51,7 @@ def trace(run: Run, rows: Tensor) -> Run | None:
             # Deprecated, but as long as torch has it, nothing else runs a network without the lock and a compiler.
             frozen = torch.jit.freeze(traced)
             for warning in warned:
-                if not issubclass(warning.category, DeprecationWarning):
+                if issubclass(warning.category, torch.jit.TracerWarning):  # type: ignore[attr-defined]  # torch's own
                     raise ValueError(f"tracing warned: {warning.message}")
 
             def graph(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -34,12 +35,14 @@ async def read_body(request: Request, limits: LimitSettings) -> bytearray:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > limit:
         raise TooLarge(f"the body is {declared[:20]} bytes; the limit is limits.body_bytes = {limit}")
+    take_room = room_of(request)
     body = bytearray()  # numpy's views of it can be written to, so that tensors need no copy
     try:
         async with asyncio.timeout(limits.body_seconds):
             async for chunk in request.stream():
                 if len(body) + len(chunk) > limit:
                     raise TooLarge(f"the body is over the limit, limits.body_bytes = {limit}")
+                take_room(len(chunk))
                 body += chunk
     except ClientDisconnect as error:
         raise Cancelled("the client went away while sending") from error
@@ -51,7 +54,18 @@ async def read_body(request: Request, limits: LimitSettings) -> bytearray:
     return body
 
 
-def inflate(body: bytearray, encoding: str | None, limits: LimitSettings) -> bytearray:
+def room_of(request: Request) -> Callable[[int], None]:
+    """What takes room for more bytes of the request's body, see ``access.Room``."""
+    take: Callable[[int], None] = request.scope.get("take_room", lambda count: None)
+    return take
+
+
+def inflate(
+    body: bytearray,
+    encoding: str | None,
+    limits: LimitSettings,
+    take_room: Callable[[int], None] = lambda count: None,
+) -> bytearray:
     """The body without the compression that its Content-Encoding names: gzip, deflate, or none (identity).
 
     Deflate is taken with and without its zlib wrapper, gzip also in several members. Raises ``UnsupportedEncoding``,
@@ -75,7 +89,9 @@ def inflate(body: bytearray, encoding: str | None, limits: LimitSettings) -> byt
                     raise BadInput(f"the body goes on after the end of its {coding} data")
                 if stream.eof:
                     stream = zlib.decompressobj(wbits)
-                inflated += stream.decompress(piece, limit - len(inflated) + 1)
+                more = stream.decompress(piece, limit - len(inflated) + 1)
+                take_room(len(more))
+                inflated += more
                 if len(inflated) > limit:
                     raise TooLarge(f"the body is over limits.inflated_bytes = {limit} when decompressed")
                 piece = stream.unused_data  # of the next gzip member

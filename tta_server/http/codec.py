@@ -119,6 +119,8 @@ def _npy(body: bytearray, spec: InputSettings, limits: LimitSettings) -> Array:
         raise
     except Exception as error:  # numpy evaluates the header as a literal, and a broken one raises nearly anything
         raise BadInput(f"not a readable .npy array: {error}") from error
+    if not all(type(size) is int for size in shape):
+        raise BadInput(f"the shape of the .npy array must be whole numbers, got {shape!r:.100}")
     if not isinstance(dtype, np.dtype) or dtype.kind not in "iuf":
         raise BadInput(f"the .npy array must hold numbers, got {dtype}")
     size = size_of(shape, "the .npy array")

@@ -49,7 +49,8 @@ def guarded(service: Service) -> type[APIRoute]:
                 grant = service.access.grant(None if service.access.open else _token(request))
                 if right is not None:
                     grant.check(right)
-                with service.access.call(grant.tenant):
+                with service.access.call(grant.tenant), service.room.hold() as take:
+                    request.scope["take_room"] = take
                     request.state.tenant = service.tenant(grant.tenant)
                     return await handle(request)
 

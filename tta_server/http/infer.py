@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from reprlib import repr as short
 from typing import Any
 
@@ -10,12 +11,12 @@ from fastapi import APIRouter, Request, Response
 from torch import Tensor
 
 from tta_server.engine.source import SourceModel
-from tta_server.errors import BadInput
+from tta_server.errors import BadInput, Unavailable
 from tta_server.http import tensors
 from tta_server.http.body import parse_json
 from tta_server.http.guard import guarded, needs, tenant_of
 from tta_server.http.schemas import LONGEST_NAME, InferOutput, InferRequest, InferResponse
-from tta_server.http.v2 import INPUT, VERSION, VERSIONED, find_model, version_of
+from tta_server.http.v2 import INPUT, VERSION, VERSIONED, check_version, version_of
 from tta_server.http.wire import (
     BINARY,
     INLINE,
@@ -60,8 +61,9 @@ def router(service: Service) -> APIRouter:
     @needs(Right.PREDICT)
     async def infer(name: str, request: Request) -> Response:
         """Scores; with ``parameters.sequence_id``, those of that stream, which then adapts."""
-        model, tenant = find_model(service, name, version_of(request)), tenant_of(request)
-        call = begin_call(request, model.name)
+        check_version(service, name, version_of(request))
+        call, tenant = begin_call(request, name), tenant_of(request)
+        model = service.models.get(name)
         service.check_room()
         length = tensors.only(request.headers.getlist(HEADER_LENGTH))
         body = await body_of(request, limits)
@@ -74,9 +76,10 @@ def router(service: Service) -> APIRouter:
         call.decode_seconds = time.monotonic() - started
         report: dict[str, Any] = {}
         stream: Stream | None = None
+        created = False
 
         async def answer_it() -> tuple[Answer, bool]:
-            nonlocal stream
+            nonlocal stream, created
             # Nothing is awaited between finding the stream and queueing in it: nobody gets in between.
             if controls.stream is not None:
                 service.check_room(controls.timeout)
@@ -86,7 +89,7 @@ def router(service: Service) -> APIRouter:
                     tenant.stream(controls.stream)
                 if controls.start and tenant.is_open(controls.stream):
                     report["replaced"] = True
-                stream, _ = tenant.open(controls.stream, model.name, controls.policy, replace=controls.start)
+                stream, created = tenant.open(controls.stream, model.name, controls.policy, replace=controls.start)
             return await tenant.predict(
                 model.name,
                 x,
@@ -97,7 +100,14 @@ def router(service: Service) -> APIRouter:
                 priority=controls.priority,
             )
 
-        answer, replayed = await unless_gone(request, answer_it())
+        try:
+            answer, replayed = await unless_gone(request, answer_it())
+        except Exception:
+            # The first and last request of a stream that would stay open for good; any other can be sent again.
+            if stream is not None and created and controls.end:
+                with suppress(Unavailable):
+                    tenant.discard(stream)
+            raise
         if stream is not None and controls.end:
             await tenant.close(stream.id, only=stream)
         report |= _report(controls.stream, answer, replayed)
@@ -157,10 +167,13 @@ class _Controls:
             raise BadInput(f"sequence_id must be a string or a whole number from 0 to 2^64 - 1, got {id!r}")
         # 0 and the empty string mean no sequence.
         self.stream: str | None = str(id) if id else default_stream
-        self.start = _take(given, "sequence_start", bool, False)
-        self.end = _take(given, "sequence_end", bool, False)
+        # Without an id of its own a request neither begins nor ends a stream, least of all the one that all share.
+        self.start = _take(given, "sequence_start", bool, False) and bool(id)
+        self.end = _take(given, "sequence_end", bool, False) and bool(id)
         self.adapt: bool | None = _take(given, "tta_adapt", bool, None)
         self.policy: str | None = _take(given, "tta_policy", str, None)
+        if self.policy is not None and not id:
+            raise BadInput("tta_policy needs a sequence_id: it is the policy of the stream that this request begins")
         if self.policy is not None and len(self.policy) > LONGEST_NAME:
             raise BadInput(f"tta_policy must be the name of a policy, got {short(self.policy)}")
         self.number: int | None = _take_number(given, "tta_seq", None)

@@ -60,7 +60,6 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     app.add_exception_handler(HTTPException, framework)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(ValidationError, _validation)
-    app.add_exception_handler(Exception, _unexpected)
 
 
 async def _ours(request: Request, error: Exception) -> Response:
@@ -86,6 +85,7 @@ def _pointer(place: Sequence[int | str]) -> str:
     return "/" + "/".join(str(part).replace("~", "~0").replace("/", "~1") for part in place)
 
 
-async def _unexpected(request: Request, error: Exception) -> Response:
-    log.error("unexpected error on %s", request.url.path, exc_info=error)
+def unexpected(path: str, error: Exception) -> Response:
+    """The answer to an error that nobody foresaw, which is logged."""
+    log.error("unexpected error on %s", path, exc_info=error)
     return problem(500, f"internal error: {type(error).__name__}")

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from tta_server import __version__
 from tta_server.engine.source import SourceModel
 from tta_server.errors import BadInput, Unavailable, UnknownName
-from tta_server.http.body import inflate, parse_json, read_body
+from tta_server.http.body import parse_json
 from tta_server.http.guard import guarded, needs, public
 from tta_server.http.problems import problem
 from tta_server.http.schemas import (
@@ -24,7 +24,7 @@ from tta_server.http.schemas import (
     StatisticsList,
 )
 from tta_server.http.tensors import OUTPUTS
-from tta_server.http.wire import PROBLEMS, json_body, json_response
+from tta_server.http.wire import PROBLEMS, body_of, json_body, json_response
 from tta_server.service import Service
 from tta_server.settings import Right
 from tta_server.statistics import Statistics
@@ -117,7 +117,7 @@ def router(service: Service, statistics: Statistics) -> APIRouter:
     empty: dict[str, Any] = {"response_class": Response, "openapi_extra": json_body(LoadRequest, required=False)}
 
     async def check_load(request: Request) -> None:
-        body = inflate(await read_body(request, limits), request.headers.get("content-encoding"), limits)
+        body = await body_of(request, limits)
         asked = LoadRequest.model_validate(parse_json(body, limits) if body else {})
         given = [name for name in asked.parameters if name not in ("unload_dependents",)]
         if given:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import orjson
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from tta_server.errors import BadInput, Cancelled, TooLarge
-from tta_server.http.body import compress, inflate, read_body
+from tta_server.http.body import compress, inflate, read_body, room_of
 from tta_server.http.schemas import Problem
 from tta_server.settings import LimitSettings
 from tta_server.types import Call
@@ -83,7 +84,8 @@ async def body_of(request: Request, limits: LimitSettings) -> bytearray:
     body = await read_body(request, limits)
     encoding = request.headers.get("content-encoding")
     # A few compressed bytes may be many.
-    return await offload(lambda: inflate(body, encoding, limits), encoding not in (None, "identity"))
+    work = partial(inflate, body, encoding, limits, room_of(request))
+    return await offload(work, encoding not in (None, "identity"))
 
 
 async def respond(
