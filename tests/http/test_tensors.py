@@ -25,7 +25,7 @@ from torch import Tensor
 from tta_server.errors import BadInput, TooLarge
 from tta_server.http import values
 from tta_server.http.body import parse_json
-from tta_server.http.schemas import InferInput, InferOutput, InferRequest
+from tta_server.http.schemas_v2 import InferInput, InferOutput, InferRequest
 from tta_server.http.tensors import (
     DATATYPES,
     OUTPUTS,

@@ -15,7 +15,8 @@ from tta_server.errors import BadInput, Unavailable
 from tta_server.http import tensors
 from tta_server.http.body import parse_json
 from tta_server.http.guard import guarded, needs, tenant_of
-from tta_server.http.schemas import LONGEST_NAME, InferOutput, InferRequest, InferResponse
+from tta_server.http.schemas import LONGEST_NAME
+from tta_server.http.schemas_v2 import InferOutput, InferRequest, InferResponse
 from tta_server.http.v2 import INPUT, VERSION, VERSIONED, check_version, version_of
 from tta_server.http.wire import (
     BINARY,

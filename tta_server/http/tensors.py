@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tta_server.errors import BadInput, TooLarge
 from tta_server.http.images import check_total, decode_image
-from tta_server.http.schemas import InferInput, InferOutput
+from tta_server.http.schemas_v2 import InferInput, InferOutput
 from tta_server.http.values import DATATYPES as DATATYPES
 from tta_server.http.values import (
     Array,

@@ -12,7 +12,7 @@ from tta_server.errors import BadInput, Unavailable, UnknownName
 from tta_server.http.body import parse_json
 from tta_server.http.guard import guarded, needs, public
 from tta_server.http.problems import problem
-from tta_server.http.schemas import (
+from tta_server.http.schemas_v2 import (
     Live,
     LoadRequest,
     ModelConfig,
