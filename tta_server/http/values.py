@@ -103,7 +103,7 @@ def to_rows(values: Array, spec: InputSettings) -> Tensor:
 
     Copied only where torch could not use it as it is: not in row order, not aligned, or not to be written to.
     """
-    if values.dtype == np.uint8:
+    if values.dtype == np.uint8:  # as InputSettings.from_pixels, but not in torch: see ``engine/threads.py``
         low, high = spec.range or (0.0, 1.0)
         values = np.float32(low) + np.float32(high - low) * (values / np.float32(255))
     return torch.from_numpy(np.require(values, requirements=("C", "A", "W")))
