@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 EXTRAS_demo := demo
-EXTRAS_test := demo,test
+EXTRAS_test := demo,otel,test
 
 .PHONY: demo test fuzz format clean
 

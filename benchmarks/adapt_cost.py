@@ -50,7 +50,7 @@ def engine_variant(model: SourceModel, policy: Policy, streams: int, shadow: flo
     """Runs one request of each stream through scheduler and engine."""
     limits = LimitSettings()
     store = StateStore(limits.slots, model.network.device)
-    engine = Engine({model.name: model}, store, Monitor(20.0), shadow)
+    engine = Engine({model.name: model}, store, Monitor(20.0), shadow, monitored=shadow > 0)
     lane = Lane(model.name, policy)
     clients = [Stream(str(index), model.name, policy, index, 0.0) for index in range(streams)]
 

@@ -36,7 +36,7 @@ from tta_server.service import Service
 from tta_server.settings import Settings, load_settings
 from tta_server.state.store import StateStore
 from tta_server.tenant import Tenant
-from tta_server.types import Answer, Call, Job, Lane, StepStats, Stream
+from tta_server.types import Answer, Call, Event, Job, Lane, StepStats, Stream
 
 Loaded = tuple[Settings, dict[str, SourceModel]]
 Reply = tuple[Answer, bool]
@@ -216,12 +216,16 @@ class StepList:
 
     def __init__(self) -> None:
         self.steps: list[StepStats] = []
+        self.events: list[Event] = []
 
     def step(self, stats: StepStats) -> None:
         self.steps.append(stats)
 
     def request(self, call: Call) -> None:
         raise AssertionError("nothing here speaks HTTP")
+
+    def event(self, event: Event) -> None:
+        self.events.append(event)
 
     def results(self) -> list[str]:
         """The results of all jobs, in order."""

@@ -197,10 +197,11 @@ async def test_answers_are_those_of_the_json_interface(site: Site) -> None:
         assert answer.classes.tolist() == scores["classes"]
         assert answer.confidence == pytest.approx(np.mean(scores["confidence"]))
         assert (answer.version, answer.adapted, answer.policy) == (version, True, "tent")
-        assert (answer.drift, answer.agreement) == (scores["drift"], scores["agreement"])
+        told = (answer.drift, answer.verdict, answer.agreement)
+        assert told == (scores["drift"], scores["verdict"], scores["agreement"])
         assert not answer.replayed
         assert not answer.shed
-    assert answer.drift is not None
+    assert answer.agreement is not None
     assert not site.pauses
 
 
@@ -273,7 +274,7 @@ async def test_a_request_can_wait_for_a_shorter_time(site: Site, seconds: float,
 
 def test_probabilities_of_large_scores() -> None:
     logits = np.array([[1000, 0, -1000], [-2000, -2000, -2000]], np.float32)
-    answer = Answer(logits, 0, False, "source", False, False, None, None, None)
+    answer = Answer(logits, 0, False, "source", False, False, None, None, None, None)
     assert answer.probabilities.tolist() == [[1, 0, 0], [pytest.approx(1 / 3)] * 3]
 
 

@@ -22,13 +22,20 @@ from PIL import Image
 
 import adapters
 from adapters import Policy
+from adapters.source import SourcePolicy
 from tta_server.demo.data import training
+from tta_server.drift.monitor import Monitor
+from tta_server.drift.signals import SIGNALS
+from tta_server.metrics.prometheus import PrometheusRecorder
+from tta_server.metrics.scrape import Levels, Watchlist
 from tta_server.prepare import GROUPS
 from tta_server.settings import Settings, load_settings
+from tta_server.types import Stream
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "tta_server" / "demo" / "config.yaml"
 START_SECONDS = 60.0
+MODEL = {"factory": "a:b", "weights": "w", "input": {"shape": [3]}}
 
 USE_IT = """
 import torch
@@ -169,3 +176,32 @@ def test_links_and_files_exist(page: str) -> None:
         r"`((?:adapters|tta_server|tests|benchmarks|docs|engine|state|drift|http)/[\w/]+\.\w+)`", text
     ):
         assert any((root / path).exists() for root in (ROOT, ROOT / "tta_server")), path
+
+
+def test_the_docs_say_every_metric() -> None:
+    """In docs/metrics.md, and none that is not there; the CUDA ones are not, without CUDA."""
+    monitor = Monitor(20.0)
+    levels = Levels(0, [Stream("s", "m", SourcePolicy(), 0, 0.0)], {}, 0, {"m": "d"}, {"m": True})
+    exposition = PrometheusRecorder(lambda: levels, monitor, Watchlist((), 20)).render().decode()
+    families = set(re.findall(r"^# TYPE (tta_\w+)", exposition, re.MULTILINE))
+    assert len(families) > 40
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    told = {
+        name for row in re.findall(r"^\| (`tta_.*?) \|", text, re.MULTILINE) for name in re.findall(r"tta_\w+", row)
+    }
+    assert told - {"tta_device_memory_bytes"} == families
+
+
+def test_the_docs_say_every_signal() -> None:
+    text = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    rows = " ".join(line for line in text.splitlines() if line.startswith("| `"))
+    for name in SIGNALS:
+        assert f"`{name}`" in rows or f"`{name.removeprefix('bn_distance')}`" in rows, name
+
+
+def test_the_settings_of_the_monitoring_page_are_some() -> None:
+    (config,) = blocks("docs/monitoring.md", "yaml")
+    settings = Settings.model_validate(yaml.safe_load(config) | {"models": {"m": MODEL}})
+    assert settings.monitor.watched == ("door-*",)
+    assert settings.log.format == "json"
+    assert settings.traces is not None

@@ -25,6 +25,7 @@ from tta_server.cli import main
 from tta_server.data import load_source_images
 from tta_server.demo.network import digits_network
 from tta_server.demo.run import CONFIG
+from tta_server.drift.reference import Reference
 from tta_server.engine.engine import initial_state
 from tta_server.engine.source import SourceModel, load_model
 from tta_server.errors import BadInput, ConfigError, TtaError
@@ -160,9 +161,7 @@ def test_features(made: dict[str, Tensor], network: nn.Module, data: tuple[Tenso
     torch.testing.assert_close(made["features/covariance"].double(), wanted, rtol=1e-3, atol=1e-5)
 
 
-def test_prior_statistics_and_calibration(
-    made: dict[str, Tensor], network: nn.Module, data: tuple[Tensor, Tensor]
-) -> None:
+def test_prior_and_calibration(made: dict[str, Tensor], network: nn.Module, data: tuple[Tensor, Tensor]) -> None:
     with torch.no_grad():
         logits = network(data[0])
     torch.testing.assert_close(made["prior/labels"].float(), torch.bincount(data[1]).float() / 1000)
@@ -170,16 +169,26 @@ def test_prior_statistics_and_calibration(
     order = torch.from_numpy(np.random.default_rng(0).permutation(1000))
     torch.testing.assert_close(made["calibration/logits"], logits[order], rtol=1e-4, atol=1e-4)
     assert torch.equal(made["calibration/labels"], data[1][order])
-    inputs: dict[str, Tensor] = {}
-    for name, layer in network.named_modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.register_forward_pre_hook(lambda _, seen, name=name: inputs.__setitem__(name, seen[0]))
+
+
+def test_the_monitors_reference_is_of_the_sources_own_view(
+    made: dict[str, Tensor], network: nn.Module, data: tuple[Tensor, Tensor]
+) -> None:
+    """Its tables are of the source's signals on clean requests, whose mean hardly depends on which were drawn."""
     with torch.no_grad():
-        network(data[0])
-    assert inputs
-    for name, x in inputs.items():
-        torch.testing.assert_close(made[f"statistics/{name}.mean"], x.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(made[f"statistics/{name}.var"], x.var((0, 2, 3), correction=0), rtol=1e-3, atol=1e-5)
+        logits = network(data[0])
+    order = np.random.default_rng(0).permutation(1000)
+    predicted = logits.argmax(1)
+    torch.testing.assert_close(made["monitoring/predicted"].float(), torch.bincount(predicted).float() / 1000)
+    reference = Reference.of_tensors(
+        {key.partition("/")[2]: value.numpy() for key, value in made.items() if key.startswith("monitoring/")}
+    )
+    held = logits[order[500:]]
+    confidence = held.softmax(1).amax(1).mean().item()
+    low, high = reference.bands(64)["confidence"]
+    assert (low + high) / 2 == pytest.approx(confidence, abs=0.005)
+    assert reference.features.mean.shape == (10, made["prototypes/mean"].shape[1])
+    assert set(reference.sizes) == {1, 2, 4, 8, 16, 32, 64, 128, 256}
 
 
 def test_replay_images_are_source_images(made: dict[str, Tensor], prepared_digits: Path) -> None:
@@ -371,7 +380,7 @@ def test_images_without_labels(folder: Path) -> None:
     assert "prototypes: left out" in said
     assert "rmt still needs prototypes, replay" in " ".join(said.split())
     model = load(folder / "config.yaml")
-    assert set(model.prepared) == {"fisher", "prior", "statistics", "warmup"}
+    assert set(model.prepared) == {"fisher", "prior", "monitoring", "warmup"}
     assert "prior/labels" not in model.source.artefacts
     with pytest.raises(ConfigError, match="replay needs labels"):
         run(replace(options, only=("replay",)))

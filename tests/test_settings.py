@@ -76,8 +76,11 @@ def test_every_value_can_be_set(tmp_path: Path) -> None:
         },
         "limits": dict.fromkeys(LimitSettings.model_fields, 7) | {"shed_share": 0.7},
         "streams": {"unknown_id": "refuse", "default": "shared"},
-        "monitor": {"shadow_ratio": 1, "half_life": 2.5},
-    }
+        "monitor": {
+            "enabled": False, "shadow_ratio": 1, "frozen_ratio": 0.5, "half_life": 2.5, "worst": 3,
+            "watched": ("door-*",), "events": 7,
+        },
+    }  # fmt: skip
     settings = read(tmp_path, **json.loads(json.dumps(sections)))
     for name, values in sections.items():
         assert getattr(settings, name).model_dump() == values

@@ -17,7 +17,10 @@ STREAM = Stream("s", "m", Tent(), 0, 0.0)
 
 def step(*jobs: tuple[int, float], forward: float = 0.0, model: str = "m") -> StepStats:
     """A step of jobs ``(rows, seconds in the queue)``; adapting and measuring took long, and count for nothing here."""
-    own = [JobStats(STREAM, rows, queue, torch.zeros(rows), torch.zeros(rows), "applied") for rows, queue in jobs]
+    own = [
+        JobStats(STREAM, rows, queue, torch.zeros(rows), torch.zeros(rows), torch.zeros(rows), "applied")
+        for rows, queue in jobs
+    ]
     return StepStats(Lane(model, Tent()), 5, own, forward, 100.0, 100.0)
 
 

@@ -15,15 +15,15 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import uvicorn
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, FastAPI, Query, Response
 from starlette.datastructures import State
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import adapters
-from tta_server import __version__
+from tta_server import __version__, logs
 from tta_server.access import Access
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine
@@ -31,11 +31,14 @@ from tta_server.engine.report import check_defaults, policy_report
 from tta_server.engine.source import SourceModel, choose_device, load_model
 from tta_server.engine.threads import in_passing
 from tta_server.errors import ConfigError
-from tta_server.http import infer, problems, schemas, schemas_v2, streams, v1, v2
+from tta_server.events import EventLog
+from tta_server.http import infer, live, problems, schemas, schemas_v2, streams, v1, v2
 from tta_server.http.guard import guarded, needs
 from tta_server.http.protocol import bounded
-from tta_server.http.wire import PROBLEMS
-from tta_server.metrics import PrometheusRecorder, Recorder, Recorders
+from tta_server.http.wire import PROBLEMS, request_id
+from tta_server.metrics import Recorder, Recorders
+from tta_server.metrics.prometheus import PrometheusRecorder
+from tta_server.metrics.scrape import Watchlist, matcher
 from tta_server.policies import make_policy, starting_settings
 from tta_server.runner import HANGS, Runner
 from tta_server.scheduler import Bounds, Scheduler
@@ -43,9 +46,19 @@ from tta_server.service import Service
 from tta_server.settings import Right, Settings
 from tta_server.state.store import StateStore
 from tta_server.statistics import Statistics
-from tta_server.types import Call
+from tta_server.types import Call, Origin
+
+if TYPE_CHECKING:
+    from fastapi.telemetry import TelemetryConfig
+
+    from tta_server.traces import Traces
 
 log = logging.getLogger(__name__)
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+_SPANS_ONLY: TelemetryConfig = {"metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
+"""Of what the framework can tell OpenTelemetry: a span for each request."""
 
 
 def load_models(settings: Settings) -> dict[str, SourceModel]:
@@ -70,12 +83,15 @@ def _load(settings: Settings, name: str) -> SourceModel:
 def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
     """The server as an ASGI application. Its lifespan starts the device thread, and drains it at the end.
 
-    Raises ``ConfigError`` for a model whose own policy cannot run on it, and for tokens that cannot be used.
+    Raises ``ConfigError`` for a model whose own policy cannot run on it, for tokens that cannot be used, and for traces
+    whose packages are missing.
     """
     check_defaults(models)
     limits = settings.limits
     store = StateStore(limits.slots, next(iter(models.values())).network.device)
-    engine = Engine(models, store, Monitor(settings.monitor.half_life), settings.monitor.shadow_ratio)
+    watching = settings.monitor
+    monitor = Monitor(watching.half_life)
+    engine = Engine(models, store, monitor, watching.shadow_ratio, watching.frozen_ratio, watching.enabled)
     scheduler = Scheduler(
         Bounds(
             max_rows=limits.batch_rows,
@@ -85,8 +101,10 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
             shed_share=limits.shed_share,
         )
     )
-    prometheus, statistics = PrometheusRecorder(lambda: service.levels()), Statistics()
-    recorder = Recorders(prometheus, statistics)
+    prometheus = PrometheusRecorder(lambda: service.levels(), monitor, Watchlist(watching.watched, watching.worst))
+    statistics, events = Statistics(), EventLog(watching.events)
+    traces = _traces(settings, monitor)
+    recorder = Recorders(prometheus, statistics, events, logs.EventLogger(), *([] if traces is None else [traces]))
     runner = Runner(engine, scheduler, recorder)
 
     def load(name: str) -> SourceModel:
@@ -102,6 +120,8 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
         yield
         given_up = await service.drain()
         log.info("drained", extra={"given_up": given_up})
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
     app = FastAPI(
         title="tta-server",
@@ -110,6 +130,7 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry=None if traces is None else {**_SPANS_ONLY, "tracer_provider": traces.provider},
     )
     operations = APIRouter(tags=["operations"], responses=PROBLEMS, route_class=guarded(service))
 
@@ -117,18 +138,28 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
     @needs(Right.METRICS)
     async def metrics() -> Response:
         """Everything measured, in Prometheus' text format."""
-        return Response(prometheus.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(prometheus.render(), media_type=TEXT)
+
+    @operations.get("/metrics/streams", response_class=Response)
+    @needs(Right.METRICS)
+    async def stream_metrics(
+        match: Annotated[str, Query(max_length=256, description="Of the ids; with `*` and `?`.")] = "*",
+        limit: Annotated[int, Query(ge=1, le=10_000, description="Most streams.")] = 1000,
+    ) -> Response:
+        """Single streams' signals, in Prometheus' text format, for a scrape job of its own."""
+        return Response(prometheus.render_streams(matcher([match]), limit), media_type=TEXT)
 
     # In the order in which a request's path is looked up: predictions first.
     routers = (
-        infer.router(service), streams.router(service), v1.router(service), v2.router(service, statistics), operations,
+        infer.router(service), streams.router(service), v1.router(service), v2.router(service, statistics),
+        live.router(service, events), operations,
     )  # fmt: skip
     for router in routers:
         app.include_router(router)
     app.state.service = service
     problems.install(app, [route for router in routers for route in router.routes])
-    app.add_middleware(_Measured, recorder=recorder)
     app.add_middleware(_MetricsApart, state=app.state)
+    app.add_middleware(_Measured, recorder=recorder, traces=traces)  # the last one added comes first
     _correct_openapi(app)
     return app
 
@@ -234,24 +265,29 @@ class _Server(uvicorn.Server):
 
 
 class _Measured:
-    """Middleware that tells the recorder about every request: its route's template, status and duration."""
+    """Middleware that gives every request its id, and tells the recorder its route's template, status and duration."""
 
-    def __init__(self, app: ASGIApp, recorder: Recorder) -> None:
-        self._app, self._recorder = app, recorder
+    def __init__(self, app: ASGIApp, recorder: Recorder, traces: Traces | None) -> None:
+        self._app, self._recorder, self._traces = app, recorder, traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, call = time.monotonic(), Call()
+        started, request = time.monotonic(), request_id(scope["headers"])
+        call = Call(origin=Origin(request, "" if self._traces is None else self._traces.begin(request)))
         scope["call"] = call
+        with logs.about(call.origin):
+            await self._measure(call, started, scope, receive, send)
 
-        begun = False
+    async def _measure(self, call: Call, started: float, scope: Scope, receive: Receive, send: Send) -> None:
+        begun, header = False, (b"x-request-id", call.origin.request.encode())
 
         async def watched(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun, call.code = True, message["status"]
+                message = {**message, "headers": [*message["headers"], header]}
             await send(message)
 
         try:
@@ -267,6 +303,17 @@ class _Measured:
             self._recorder.request(call)
 
 
+def _traces(settings: Settings, monitor: Monitor) -> Traces | None:
+    """The traces, where the config asks for them. Raises ``ConfigError`` without their packages."""
+    if settings.traces is None:
+        return None
+    try:
+        from tta_server.traces import Traces
+    except ImportError as error:
+        raise ConfigError(f"{error}; traces need more packages: pip install 'tta-server[otel]'") from error
+    return Traces(settings.traces, monitor.verdict)
+
+
 class _MetricsApart:
     """Middleware that keeps ``/metrics``, where it has an address of its own, there and everything else off it."""
 
@@ -277,7 +324,7 @@ class _MetricsApart:
         port = getattr(self._state, "metrics_port", None)
         if scope["type"] == "http" and port is not None:
             server = scope.get("server") or ("", None)
-            if (server[1] == port) != (scope["path"] == "/metrics"):
+            if (server[1] == port) != (f"{scope['path']}/".startswith("/metrics/")):
                 await problems.problem(404, f"no such path on this address: {scope['path']}")(scope, receive, send)
                 return
         await self._app(scope, receive, send)

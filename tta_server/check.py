@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tta_server.drift.reference import GROUP as MONITORING
 from tta_server.engine.report import check_defaults
 from tta_server.engine.source import SourceModel
 
@@ -27,6 +28,14 @@ def print_report(models: Mapping[str, SourceModel], console: Console) -> None:
         console.print(f"  isolation      a row scores the same alone and in a batch, {same}")
         console.print(f"  adaptable      {len(model.source.affine)} tensors, {model.adaptable_values:,} values")
         console.print(f"  artefacts      {', '.join(model.prepared) or 'none; tta-server prepare makes them'}")
+        if model.reference is None:
+            console.print(
+                "  [yellow]monitoring[/yellow]     nothing to compare streams with: no drift score, no verdict; "
+                f"tta-server prepare CONFIG --data CLEAN_IMAGES --only {MONITORING}"
+            )
+        else:
+            how = model.prepared[MONITORING]
+            console.print(f"  monitoring     compares with {how['images']} clean images of {how['data']}")
         for name in model.left_alone:
             found = f"{name}: of a type that streams cannot adapt yet; stays as trained"
             console.print(f"  [yellow]left alone[/yellow]     {found}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 import sys
 from pathlib import Path
@@ -39,8 +40,8 @@ def serve(
     ] = False,
 ) -> None:
     """Starts the server."""
-    logs.configure()
     settings = _settings(config, host, port)
+    logs.configure(settings.log.format, settings.log.level)
     app.check_exposure(settings, insecure)
     application = app.create_app(settings, app.load_models(settings))
     app.serve(application, settings)
@@ -61,13 +62,20 @@ def demo(
     batch_size: Annotated[int, typer.Option(help="Digits in a batch.")] = 32,
     interval: Annotated[float, typer.Option(help="Seconds between two batches of a stream; 0: no pause.")] = 0.4,
     seed: Annotated[int, typer.Option(help="Of the digits' order and of random corruptions.")] = 0,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Only the streams, over and over, to this server of the demo's model; TTA_TOKEN: its token."),
+    ] = None,
 ) -> None:
     """Starts a server and seven drifting client streams, and shows what adaptation does for each."""
     try:
-        from tta_server.demo.run import DemoOptions, run_demo
+        from tta_server.demo.run import DemoOptions, run_clients, run_demo
     except ImportError as error:
         raise ConfigError(f"{error}; the demo needs more packages: pip install 'tta-server[demo]'") from error
-    run_demo(DemoOptions(out, batches, batch_size, interval, seed), Console())
+    options = DemoOptions(out, batches, batch_size, interval, seed)
+    if url is not None:
+        run_clients(options, url, os.environ.get("TTA_TOKEN", ""), Console())
+    run_demo(options, Console())
 
 
 @cli.command()
@@ -125,6 +133,7 @@ def prepare(
     images: Annotated[int, typer.Option(min=2, help="Most images used of the data, drawn at random.")] = 5000,
     fisher_images: Annotated[int, typer.Option(min=2, help="Images for the Fisher information.")] = 2000,
     calibration_images: Annotated[int, typer.Option(min=2, help="Images for the calibration scores.")] = 2000,
+    monitoring_images: Annotated[int, typer.Option(min=4, help="Images that the monitor's tables are made of.")] = 2000,
     replay_images: Annotated[int, typer.Option(min=2, help="Images stored for rmt's source replay.")] = 2000,
     warm_up_images: Annotated[int, typer.Option(min=2, help="Images that rmt's warm-up goes through in all.")] = 50_000,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice and order of images.")] = 0,
@@ -143,6 +152,7 @@ def prepare(
         images=images,
         fisher_images=fisher_images,
         calibration_images=calibration_images,
+        monitoring_images=monitoring_images,
         replay_images=replay_images,
         warm_up_images=warm_up_images,
         seed=seed,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tta_server.errors import Cancelled, DeadlineExceeded, TtaError
 from tta_server.runner import Runner
-from tta_server.types import Answer, Job, Lane, Stream, head_start
+from tta_server.types import NOWHERE, Answer, Job, Lane, Origin, Stream, head_start
 
 Done = Callable[[Answer | None, Exception | None], None]
 
@@ -52,6 +52,7 @@ class Dispatcher:
         timeout: float | None,
         priority: int = 0,
         settled: Callable[[Answer | None], None] = lambda answer: None,
+        origin: Origin = NOWHERE,
     ) -> Flight:
         """Queues a request; ``settled`` is called on the loop when it ends, with its answer if there is one.
 
@@ -89,6 +90,7 @@ class Dispatcher:
             x,
             deadline=time.monotonic() + wait,
             head_start=head_start(priority),
+            origin=origin,
         )
         flight = Flight(loop.create_future(), abandon)
         self._runner.submit(job)

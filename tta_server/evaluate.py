@@ -109,7 +109,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> Results:
 
     # Nothing is measured beside the answers: the source model's own pass would be counted as the policies' time.
     engine = Engine(
-        {name: model}, StateStore(len(policies) + 1, device), Monitor(settings.monitor.half_life), shadow_ratio=0.0
+        {name: model}, StateStore(len(policies) + 1, device), Monitor(settings.monitor.half_life), 0.0, monitored=False
     )
     runs = [_Run(model, one, policy, options, domains) for one, policy in policies.items()]
     x = to_inputs(gather(domains, batches[0])[0], model.settings.input)

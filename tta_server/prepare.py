@@ -30,6 +30,9 @@ from adapters.eata import squared_gradient
 from adapters.images import ImageStore
 from adapters.rmt import Rmt, as_artefact, warm_up
 from tta_server.data import SourceImages, load_source_images, to_inputs
+from tta_server.drift.reference import GROUP as MONITORING
+from tta_server.drift.reference import CleanRows, make_reference
+from tta_server.drift.signals import LayerStatistics
 from tta_server.engine.artefacts import Artefacts, load_artefacts
 from tta_server.engine.norm import Pass
 from tta_server.engine.source import SourceModel, choose_device, load_model
@@ -58,6 +61,7 @@ class PrepareOptions:
     """Most source images used, drawn at random from the data."""
     fisher_images: int = 2000
     calibration_images: int = 2000
+    monitoring_images: int = 2000
     replay_images: int = 2000
     warm_up_images: int = 50_000
     """How many the warm-up goes through in all, over and over."""
@@ -202,26 +206,6 @@ def _prior(source: _Source) -> Work:
     yield made
 
 
-def _statistics(source: _Source) -> Work:
-    """``<layer>.mean`` and ``<layer>.var``, ``[channels]``: of what enters each batch-norm layer of the source model,
-    over all clean images (biased)."""
-    moments: dict[str, list[Tensor]] = {}
-    values: dict[str, int] = {}
-    for x, _ in source.batches(len(source.data)):
-        for layer, seen in source.model.network.batch_norm_inputs(x).items():
-            channels = seen.transpose(0, 1).flatten(1).double()
-            first, second = moments.setdefault(layer, [channels.new_zeros(len(channels)) for _ in range(2)])
-            first += channels.sum(1)
-            second += channels.square().sum(1)
-            values[layer] = values.get(layer, 0) + channels.shape[1]
-        yield None
-    made: Tensors = {}
-    for layer, (first, second) in moments.items():
-        mean = first / values[layer]
-        made[f"{layer}.mean"], made[f"{layer}.var"] = mean.float(), (second / values[layer] - mean.square()).float()
-    yield made
-
-
 def _calibration(source: _Source) -> Work:
     """``logits [n, C]`` of the source model and ``labels [n]``: what conformal scores and thresholds are taken from."""
     logits, labels = [], []
@@ -230,6 +214,26 @@ def _calibration(source: _Source) -> Work:
         labels.append(own)
         yield None
     yield {"logits": torch.cat(logits), "labels": torch.cat(labels)}
+
+
+def _monitoring(source: _Source) -> Work:
+    """What clean data look like to the monitor, see ``tta_server/drift/reference.py``."""
+    parts: list[tuple[NDArray[Any], ...]] = []
+    layers: LayerStatistics | None = None
+    network = source.model.network
+    for x, _ in source.batches(min(source.options.monitoring_images, len(source.data))):
+        # Every row a stream of its own: then the statistics of its rows are those of one row each.
+        watched = Pass(Segments([1] * len(x), source.device), observe=True)
+        with torch.no_grad():
+            output = network.run(watched, x)
+        observed = network.observed(watched)
+        empty = np.zeros((len(x), 0), np.float32)
+        means, variances, layers = (empty, empty, None) if observed is None else observed
+        parts.append((output.logits.float().cpu().numpy(), output.features.float().cpu().numpy(), means, variances))
+        yield None
+    rows = CleanRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    made = make_reference(rows, layers, source.options.seed).tensors()
+    yield {name: torch.from_numpy(np.asarray(value)) for name, value in made.items()}
 
 
 def _replay(source: _Source) -> Work:
@@ -290,12 +294,14 @@ GROUPS: dict[str, Group] = {
     "prototypes": Group("class prototypes", _prototypes, lambda _, rows: rows, needs_labels=True),
     "features": Group("feature mean and covariance", _features, lambda _, rows: rows, needs_labels=True),
     "prior": Group("class prior", _prior, lambda _, rows: rows),
-    "statistics": Group("clean norm statistics", _statistics, lambda _, rows: rows),
     "calibration": Group(
         "calibration scores",
         _calibration,
         lambda options, rows: min(options.calibration_images, rows),
         needs_labels=True,
+    ),
+    "monitoring": Group(
+        "clean signals for the monitor", _monitoring, lambda options, rows: min(options.monitoring_images, rows)
     ),
     "warmup": Group("warm-up of rmt", partial(_warm_up, Scope.ALL), lambda options, _: options.warm_up_images),
     "warmup_norm": Group(
@@ -395,6 +401,7 @@ def _table(artefacts: Artefacts, model: SourceModel) -> Table:
     for name, how in artefacts.made.items():
         size = sum(value.nbytes for key, value in artefacts.tensors.items() if key.startswith(f"{name}/"))
         users = ", ".join(policy for policy, wanted in needs.items() if name in wanted)
+        users = "drift score and verdict" if name == MONITORING else users
         table.add_row(name, str(how["images"]), str(how["batch_size"]), f"{size:,}", users or "-")
     for policy, wanted in needs.items():
         if missing := sorted(wanted - artefacts.made.keys()):

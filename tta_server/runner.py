@@ -29,7 +29,7 @@ class Runner:
     def __init__(
         self, engine: Engine, scheduler: Scheduler, recorder: Recorder, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.engine, self._scheduler, self._recorder, self._clock = engine, scheduler, recorder, clock
+        self.engine, self._scheduler, self.recorder, self._clock = engine, scheduler, recorder, clock
         self._changed = threading.Condition()
         self._admitting, self._stopping = True, False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
@@ -128,7 +128,7 @@ class Runner:
                     assert job.command is not None
                     job.command()
             else:
-                self._recorder.step(self.engine.step(plan, answer))
+                self.recorder.step(self.engine.step(plan, answer))
         except Exception as error:  # a fault of our own must cost its requests, not the server
             log.exception("the engine failed on a plan")
             for job in list(open_jobs):

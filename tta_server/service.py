@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Mapping
 
 from adapters.source import SourcePolicy
 from tta_server.access import Access, Room
 from tta_server.dispatch import Dispatcher
+from tta_server.drift.monitor import Monitor
 from tta_server.engine.source import SourceModel
-from tta_server.metrics import Levels
+from tta_server.metrics.scrape import Levels
 from tta_server.repository import Load, Repository
 from tta_server.runner import Runner
 from tta_server.settings import Settings
@@ -32,7 +32,7 @@ class Service:
             return dispatcher.command(Stream("", "", SourcePolicy(), 0, 0.0), command)
 
         self.models = Repository(models, runner.engine, load, on_device)
-        self._backend = Backend(settings, self.models, dispatcher, runner.engine)
+        self._backend = Backend(settings, self.models, dispatcher, runner.engine, runner.recorder.event)
         self._tenants: dict[str, Tenant] = {}
         self.draining = False
         self._drained: asyncio.Task[int] | None = None
@@ -46,6 +46,11 @@ class Service:
             )
         return found
 
+    @property
+    def monitor(self) -> Monitor:
+        """What is known of each stream."""
+        return self._runner.engine.monitor
+
     def check_room(self, wait: float | None = None) -> None:
         """Raises ``QueueFull`` where a request that may wait so many seconds would be refused, or ``Unavailable``.
 
@@ -56,14 +61,15 @@ class Service:
 
     def levels(self) -> Levels:
         """What the metrics read at every scrape."""
-        store = self._runner.engine.store
+        store, loaded = self._runner.engine.store, self.models.loaded()
         streams = [stream for tenant in self._tenants.values() for stream in tenant.streams()]
         return Levels(
             waiting=self._runner.waiting,
-            streams=dict(Counter((one.model, one.policy.name, one.adapt) for one in streams)),
+            streams=streams,
             states=store.counts(),
             evictions=store.evictions,
-            digests={name: model.digest for name, model in self.models.loaded().items()},
+            digests={name: model.digest for name, model in loaded.items()},
+            references={name: model.reference is not None for name, model in loaded.items()},
         )
 
     async def drain(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from tta_server.errors import ConfigError, UnknownName
@@ -169,10 +169,21 @@ class StreamSettings(_Settings):
 class MonitorSettings(_Settings):
     """What is measured beside the answers."""
 
+    enabled: bool = True
+    """Off: no signals but those that the policies tell, no drift score and no verdict."""
     shadow_ratio: float = Field(default=0.25, ge=0, le=1)
     """Share of an adapting stream's requests that also run through the frozen source model, after the answer left."""
+    frozen_ratio: float = Field(default=0.05, ge=0, le=1)
+    """Of the requests that the source model answers itself, the share whose batch-norm statistics are measured by one
+    more pass. All else is measured of each of them, as it costs no pass."""
     half_life: float = Field(default=20.0, gt=0)
     """Of the moving averages per stream, in measured requests."""
+    worst: int = Field(default=20, ge=0, le=200)
+    """So many streams, those with the highest drift scores, have series of their own in ``/metrics``."""
+    watched: tuple[Annotated[str, Field(max_length=256)], ...] = ()
+    """Streams that always have: ids, or patterns with ``*`` and ``?``. No more than 200 in all have."""
+    events: Positive = 1000
+    """Newest events kept for ``/v1/events``."""
 
 
 class Right(StrEnum):
@@ -280,6 +291,36 @@ class ServerSettings(_Settings):
     """Of the streams' random keys."""
 
 
+class LogSettings(_Settings):
+    """What is written to standard error."""
+
+    format: Literal["text", "json"] = "text"
+    """``text``: a line for people; ``json``: an object a line."""
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least severe level that is written. ``DEBUG``: every request, and streams that open, close and change, too."""
+
+
+class TraceSettings(_Settings):
+    """OpenTelemetry traces, sent by OTLP over HTTP; needs the extra ``otel``.
+
+    What is not here (headers, certificates, time limits) comes from the exporter's own environment variables,
+    ``OTEL_EXPORTER_OTLP_HEADERS`` and so on.
+    """
+
+    endpoint: str
+    """URL that takes the spans, with its path: ``http://<collector>:4318/v1/traces``, usually."""
+    service_name: str = "tta-server"
+    sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of the requests that are traced. A request that brings a ``traceparent`` is traced if that says so."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _check_endpoint(cls, endpoint: str) -> str:
+        if not re.fullmatch(r"https?://[^/\s]+/\S+", endpoint):
+            raise ValueError("give the whole URL, as http://127.0.0.1:4318/v1/traces")
+        return endpoint
+
+
 class Settings(_Settings):
     """The whole config file."""
 
@@ -289,6 +330,8 @@ class Settings(_Settings):
     limits: LimitSettings = LimitSettings()
     streams: StreamSettings = StreamSettings()
     monitor: MonitorSettings = MonitorSettings()
+    log: LogSettings = LogSettings()
+    traces: TraceSettings | None = None
     folder: Path = Field(default=Path("."), exclude=True)
     """The config file's own folder. Filled in when the file is read."""
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from tta_server.types import Call, StepStats
+from tta_server.types import Call, Event, StepStats
 
 
 @dataclass
@@ -55,6 +55,9 @@ class Statistics:
         model.queue.add(sum(job.queue_seconds for job in stats.jobs), len(stats.jobs))
         model.infer.add(stats.forward_seconds * len(stats.jobs), len(stats.jobs))
         model.batches[rows].add(stats.forward_seconds)
+
+    def event(self, event: Event) -> None:
+        """See :class:`tta_server.metrics.Recorder`."""
 
     def request(self, call: Call) -> None:
         """Counts prediction requests, and the time they took in all and to decode and encode."""

@@ -20,6 +20,9 @@ from torch import Tensor
 from adapters import Policy, rng
 from adapters.source import SourcePolicy
 from tta_server.dispatch import Dispatcher, Flight
+from tta_server.drift.monitor import Monitor, Reading
+from tta_server.drift.reference import GROUP as MONITORING
+from tta_server.drift.signals import DISTANCE, DRIFT
 from tta_server.engine.engine import Engine, initial_state
 from tta_server.engine.report import STEP_FAILS
 from tta_server.engine.source import SourceModel
@@ -29,7 +32,7 @@ from tta_server.policies import make_policy, settings_of, starting_settings
 from tta_server.repository import Repository
 from tta_server.settings import NAME, Settings, TenantSettings, type_and_line
 from tta_server.state.slots import Layout
-from tta_server.types import Answer, Lane, Stream
+from tta_server.types import NOWHERE, Answer, Event, Lane, Origin, Stream
 
 STREAM_ID = re.compile(NAME)
 
@@ -42,6 +45,8 @@ class Backend:
     repository: Repository
     dispatcher: Dispatcher
     engine: Engine
+    tell: Callable[[Event], None]
+    """What happens to streams."""
 
 
 @dataclass(eq=False)
@@ -98,7 +103,7 @@ class Tenant:
         if existing is not None and not replace:
             self._confirm(existing.stream, model, policy, settings)
             if adapt is not None:
-                existing.stream.adapt = adapt
+                self._switch(existing.stream, adapt)
             return existing.stream, False
         source = self._backend.repository.get(model)
         made = _make_policy(source, policy or source.settings.policy, settings)
@@ -111,11 +116,13 @@ class Tenant:
             random_key=rng.stream_key(id, self._backend.settings.server.seed),
             created=time.time(),
             digest=source.digest,
+            tenant=self.name,
             adapt=adapt is not False,
         )
         if existing is not None:
             self.discard(existing.stream)
         self._streams[id] = _Open(stream, next(self._places), size)
+        self._tell("opened", stream, policy=made.name)
         return stream, True
 
     def is_open(self, id: str) -> bool:
@@ -152,9 +159,27 @@ class Tenant:
         opened = self._streams.get(stream.id)
         return opened.last_number if opened is not None and opened.stream is stream else None
 
-    def signals(self, stream: Stream) -> dict[str, float]:
-        """The moving averages of a stream's signals, see ``drift/monitor.py``."""
-        return self._backend.engine.monitor.read(stream)
+    @property
+    def monitor(self) -> Monitor:
+        """What is known of each stream."""
+        return self._backend.engine.monitor
+
+    def signals(self, stream: Stream) -> dict[str, Reading]:
+        """A stream's signals beside what clean data have, see ``drift/monitor.py``."""
+        return self.monitor.readings(stream)
+
+    def missing(self, stream: Stream) -> dict[str, str]:
+        """Signals that the stream does not have, and how to get them."""
+        source = self._backend.repository.loaded().get(stream.model)
+        missing = {}
+        if source is not None and source.reference is None:
+            command = f"tta-server prepare CONFIG --data CLEAN_IMAGES --only {MONITORING}"
+            for name in (DRIFT, "label_divergence", "label_psi"):
+                missing[name] = f"needs to know what clean data look like; run: {command}"
+            missing["z"] = f"so do z-scores, bands and the verdicts 'near source' and 'drifted'; run: {command}"
+        if source is not None and not any(layer.startswith("BatchNorm") for layer in source.norm_layers):
+            missing[DISTANCE] = "the model has no batch norms"
+        return missing
 
     def state_bytes(self, stream: Stream) -> int:
         """Size of the stream's state, which it has from its first step on."""
@@ -189,7 +214,7 @@ class Tenant:
             if made != stream.policy:
                 moving = self._move(opened, source, made)
         if adapt is not None:
-            stream.adapt = adapt
+            self._switch(stream, adapt)
         return stream, moving is None or await moving
 
     async def reset(self, id: str) -> Stream:
@@ -209,6 +234,7 @@ class Tenant:
         else:
             done = self._backend.dispatcher.command(stream, lambda: engine.reset(old, stream))
         await done
+        self._tell("reset", stream)
         return stream
 
     async def close(self, id: str, only: Stream | None = None) -> None:
@@ -221,6 +247,7 @@ class Tenant:
         stream = self._open(id).stream
         dropped = self._drop(stream)
         del self._streams[id]
+        self._tell("closed", stream)
         await dropped
 
     def discard(self, stream: Stream) -> None:
@@ -231,6 +258,7 @@ class Tenant:
             # A shutdown that gives it up is not worth a complaint.
             dropped.add_done_callback(lambda dropped: dropped.cancelled() or dropped.exception())
             del self._streams[stream.id]
+            self._tell("closed", stream)
 
     # Predictions
 
@@ -244,6 +272,7 @@ class Tenant:
         adapt: bool | None = None,
         timeout: float | None = None,
         priority: int = 0,
+        origin: Origin = NOWHERE,
     ) -> tuple[Answer, bool]:
         """Scores for ``x [N, ...]``, which :func:`check_input` has passed, and whether they are a stored answer.
 
@@ -257,7 +286,7 @@ class Tenant:
                 raise BadInput("a request number needs a stream to be counted in")
             source = self._backend.repository.get(model)
             anonymous = Stream("", source.name, self._source_policy, 0, 0.0)
-            flight = self._launch(anonymous, source, self._source_policy, x, timeout, priority)
+            flight = self._launch(anonymous, source, self._source_policy, x, timeout, priority, origin)
             return await flight.wait(), False
         opened = self._open(stream)
         if model not in (None, opened.stream.model):
@@ -287,7 +316,7 @@ class Tenant:
                     opened.last_answer = _stored(answer, self._backend.settings.limits.stored_answer_bytes)
 
         policy = opened.stream.policy if wanted else self._source_policy
-        flight = self._launch(opened.stream, source, policy, x, timeout, priority, keep)
+        flight = self._launch(opened.stream, source, policy, x, timeout, priority, origin, keep)
         if number is not None:
             opened.flights[number] = flight
         return await flight.wait(), False
@@ -300,6 +329,7 @@ class Tenant:
         x: Tensor,
         timeout: float | None,
         priority: int,
+        origin: Origin,
         settled: Callable[[Answer | None], None] = lambda answer: None,
     ) -> Flight:
         """Queues a request, and has the model stay for it."""
@@ -310,7 +340,7 @@ class Tenant:
             settled(answer)
 
         lane = Lane(source.name, policy, source.digest)
-        flight = self._backend.dispatcher.launch(stream, lane, x, timeout, priority, over)
+        flight = self._backend.dispatcher.launch(stream, lane, x, timeout, priority, over, origin)
         repository.enter(source.name)
         return flight
 
@@ -329,6 +359,7 @@ class Tenant:
 
         async def told() -> bool:
             await asyncio.shield(done)  # the model is needed until then, also when the client leaves
+            self._tell("changed", stream, policy=policy.name, settings=settings_of(policy), state_kept=kept[0])
             return kept[0]
 
         return told()
@@ -407,6 +438,15 @@ class Tenant:
             raise UnknownName(f"no stream {id!r}; create it with PUT /v1/streams/<id>")
         return self._streams[id]
 
+    def _switch(self, stream: Stream, adapt: bool) -> None:
+        """Turns adaptation on or off."""
+        if adapt != stream.adapt:
+            stream.adapt = adapt
+            self._tell("changed", stream, adapt=adapt)
+
+    def _tell(self, kind: str, stream: Stream, **fields: Any) -> None:
+        self._backend.tell(Event(kind, stream, fields))
+
     def _drop(self, stream: Stream) -> asyncio.Future[None]:
         lane, engine = stream.lane, self._backend.engine
         return self._backend.dispatcher.command(stream, lambda: engine.drop(lane, stream))
@@ -446,5 +486,5 @@ def _stored(answer: Answer, limit: int) -> Answer | None:
     """A copy to keep, which pins nobody else's rows; ``None`` when its scores are over ``limit`` bytes."""
     if answer.logits.nbytes > limit:
         return None
-    own = {name: getattr(answer, name).clone() for name in ("logits", "entropy", "confidence")}
+    own = {name: getattr(answer, name).clone() for name in ("logits", "entropy", "confidence", "margin")}
     return replace(answer, **own)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,11 +14,6 @@ from adapters import Policy
 from adapters.base import Scope
 
 _job_numbers = itertools.count(1)
-
-DRIFT = "bn_distance"
-"""Signal: distance of a request's batch-norm statistics to the source's, see ``engine/segment_norm.py``."""
-AGREEMENT = "agreement"
-"""Signal: share of a request's rows whose served class is the source model's."""
 
 
 class Lane(NamedTuple):
@@ -40,8 +36,8 @@ class Stream:
 
     Compared by identity: a stream that was deleted and one later opened under the same ``id`` are two. The service
     changes ``policy``, ``digest``, ``adapt`` and ``last_seen``; ``version`` (number of committed steps since the start
-    or the last reset), ``requests`` (answered so far) and ``adapted`` (how many of these by its policy, not the plain
-    source model) are changed by the device thread alone.
+    or the last reset), ``requests`` (answered so far), ``adapted`` (how many of these by its policy, not the plain
+    source model) and ``failures`` (steps that were not kept) are changed by the device thread alone.
     """
 
     id: str
@@ -52,11 +48,14 @@ class Stream:
     """Unix time, seconds."""
     digest: str = ""
     """Of the source that its state belongs to."""
+    tenant: str = ""
+    """Whose it is."""
     adapt: bool = True
     last_seen: float = 0.0
     version: int = 0
     requests: int = 0
     adapted: int = 0
+    failures: int = 0
 
     @property
     def lane(self) -> Lane:
@@ -81,13 +80,29 @@ class Answer:
     """``[N]``, nats, of the served softmax."""
     confidence: Tensor
     """``[N]``, largest served probability."""
+    margin: Tensor
+    """``[N]``, largest less second largest served probability."""
     drift: float | None
     """The stream's drift score so far, see ``drift/monitor.py``; ``None`` before it was measured."""
+    verdict: str
+    """The stream so far in words, see ``drift/monitor.py``."""
     agreement: float | None
     """Share of sampled rows so far on which served and source class agree; ``None`` before it was measured."""
     queue_seconds: float
     inference_seconds: float
     """From the start of the step that answered to the scores being there."""
+
+
+class Origin(NamedTuple):
+    """Where a request came from, to find it again in logs and traces."""
+
+    request: str = ""
+    """Its id."""
+    trace: str = ""
+    """The span of the HTTP request, as a W3C ``traceparent``; empty without tracing."""
+
+
+NOWHERE = Origin()
 
 
 def head_start(priority: int) -> float:
@@ -117,6 +132,7 @@ class Job:
     arrived: float = 0.0
     head_start: float = 0.0
     """Seconds by which it goes ahead of other streams' requests, see :func:`head_start`."""
+    origin: Origin = NOWHERE
     number: int = field(default_factory=lambda: next(_job_numbers))
 
     @property
@@ -148,10 +164,28 @@ class JobStats:
     queue_seconds: float
     entropy: Tensor
     confidence: Tensor
+    margin: Tensor
     result: str
     """``applied``, ``rejected_nonfinite``, ``failed``, ``shed``, or ``none`` where the lane keeps no state."""
     signals: dict[str, float] = field(default_factory=dict)
-    """The policy's signals and, on sampled steps, ``bn_distance`` and ``agreement``."""
+    """Those that were measured: of ``drift/signals.py``, and the policy's own."""
+    origin: Origin = NOWHERE
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a stream and that somebody may want to know of."""
+
+    kind: str
+    """``opened``, ``closed``, ``changed`` (toggle, settings or policy), ``reset``, ``departure`` and ``change`` (alarms
+    of the monitor), ``rejected`` and ``failed`` (a step that was not kept)."""
+    stream: Stream
+    fields: dict[str, Any] = field(default_factory=dict)
+    """More to say: values for JSON."""
+    origin: Origin = NOWHERE
+    """The request in whose step it happened."""
+    time: float = field(default_factory=time.time)
+    """Unix time, seconds."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +199,12 @@ class StepStats:
     forward_seconds: float
     adapt_seconds: float
     shadow_seconds: float
+    monitor_seconds: float = 0.0
+    ended: float = 0.0
+    """Unix time, seconds, after the last phase; they follow one another in the order of the fields."""
+    events: list[Event] = field(default_factory=list)
+    monitor_failed: bool = False
+    """Whether measuring went wrong, which costs the step nothing."""
 
 
 @dataclass(slots=True)
@@ -181,3 +221,6 @@ class Call:
     """From its arrival to the last byte of the answer."""
     decode_seconds: float = 0.0
     encode_seconds: float = 0.0
+    endless: bool = False
+    """A stream of events, which lasts as long as its client likes."""
+    origin: Origin = NOWHERE

@@ -20,6 +20,7 @@ from adapters.source import SourcePolicy
 from adapters.tent import Tent
 from tests.serving import same_state
 from tta_server.drift.monitor import Monitor
+from tta_server.drift.signals import AGREEMENT, DISTANCE
 from tta_server.engine.engine import Engine, initial_state
 from tta_server.engine.source import SourceModel, load_model
 from tta_server.engine.stable import stabilise
@@ -27,7 +28,7 @@ from tta_server.scheduler import Bounds, Scheduler
 from tta_server.settings import Settings, load_settings
 from tta_server.state.slots import Layout
 from tta_server.state.store import StateStore
-from tta_server.types import AGREEMENT, DRIFT, Answer, Job, Lane, Plan, StepStats, Stream
+from tta_server.types import Answer, Job, Lane, Plan, StepStats, Stream
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -39,7 +40,7 @@ def digits() -> SourceModel:
 
 
 def make_engine(model: SourceModel, shadow_ratio: float = 0.0) -> Engine:
-    return Engine({model.name: model}, StateStore(64, torch.device("cpu")), Monitor(20.0), shadow_ratio)
+    return Engine({model.name: model}, StateStore(64, torch.device("cpu")), Monitor(20.0), shadow_ratio, shadow_ratio)
 
 
 def step(
@@ -147,7 +148,7 @@ def test_an_even_share_of_adapting_requests_is_compared_with_the_source(digits: 
         assert AGREEMENT not in plain.jobs[0].signals
         _, stats = step(engine, Lane("digits", tent), [(stream, x), (make_stream("b", tent), x)])
         measured.append(AGREEMENT in stats.jobs[0].signals)
-        assert measured[-1] == (DRIFT in stats.jobs[0].signals)
+        assert measured[-1] == (DISTANCE in stats.jobs[0].signals)
         assert AGREEMENT in stats.jobs[1].signals
     assert measured == [True, False, False, False] * 2
 
@@ -158,13 +159,13 @@ def test_drift_is_measured_while_the_source_answers_and_is_the_same(digits: Sour
     drifts = []
     for policy in (SourcePolicy(), Tent()):
         _, stats = step(make_engine(digits, shadow_ratio=1.0), Lane("digits", policy), [(make_stream("a", Tent()), x)])
-        drifts.append(stats.jobs[0].signals[DRIFT])
+        drifts.append(stats.jobs[0].signals[DISTANCE])
     assert drifts[0] == pytest.approx(drifts[1], rel=1e-5)
     assert drifts[0] > 0
 
 
 def test_drift_is_small_on_source_data_and_grows_with_the_shift(digits: SourceModel) -> None:
-    """By the formula: 0 where the batch has the source's statistics."""
+    """The distance of statistics, by its formula: 0 where the batch has the source's."""
     from tta_server.demo.data import training
 
     pixels = digits.settings.input.from_pixels(torch.from_numpy(training()[0]))
@@ -172,7 +173,7 @@ def test_drift_is_small_on_source_data_and_grows_with_the_shift(digits: SourceMo
     drifts = []
     for fade in (0.0, 0.3, 0.6):
         _, stats = step(engine, lane, [(make_stream(str(fade), Tent()), pixels * (1 - fade) + 0.6 * fade)])
-        drifts.append(stats.jobs[0].signals[DRIFT])
+        drifts.append(stats.jobs[0].signals[DISTANCE])
     assert drifts[0] < 0.02 < drifts[1] < drifts[2]
 
 
@@ -180,7 +181,7 @@ def test_an_anonymous_request_leaves_nothing(digits: SourceModel) -> None:
     engine = make_engine(digits, shadow_ratio=1.0)
     stream = make_stream("", SourcePolicy())
     _, stats = step(engine, Lane("digits", SourcePolicy()), [(stream, torch.rand(2, 1, 8, 8))])
-    assert DRIFT not in stats.jobs[0].signals
+    assert DISTANCE not in stats.jobs[0].signals
     assert engine.monitor.read(stream) == {}
 
 
@@ -232,7 +233,7 @@ def test_a_shed_step_answers_the_same_and_leaves_no_trace(digits: SourceModel, p
             assert stream.version == version
             (job,) = stats.jobs
             assert job.result == "shed"
-            assert job.signals.keys() == {"entropy", "confidence"}
+            assert job.signals.keys() == {"entropy", "confidence", "margin", "diversity"}
             assert stats.shadow_seconds == 0.0
             engine.store.check_integrity()
         scores.append([step(engine, lane, [(stream, x)])[0][0].logits for x in requests[1:]])
@@ -246,9 +247,9 @@ def test_there_is_nothing_to_shed_where_nothing_is_learned(digits: SourceModel) 
         lane, stream = Lane("digits", policy), make_stream(policy.name, policy)
         (answer,), stats = step(engine, lane, [(stream, x)], shed=True)
         assert (answer.shed, stats.jobs[0].result, stats.shadow_seconds) == (False, "none", 0.0)
-        assert DRIFT not in stats.jobs[0].signals
+        assert DISTANCE not in stats.jobs[0].signals
         _, stats = step(engine, lane, [(stream, x)])
-        assert DRIFT in stats.jobs[0].signals
+        assert DISTANCE in stats.jobs[0].signals
 
 
 # Moves

@@ -89,9 +89,9 @@ def test_only_plain_passes_are_the_graphs() -> None:
     doubled = {"bn1.weight": 2 * torch.ones(1, 6)}
     assert not torch.allclose(run(network, x, weights=doubled).logits, plain)
     assert not torch.allclose(run(network, x, norm=Norm(1.0)).logits, plain)
-    distances: list[Tensor] = []
-    run(network, x, observe=True, distances=distances)
-    assert len(distances) == 2
+    observed: list[tuple[str, Tensor, Tensor]] = []
+    run(network, x, observe=True, observed=observed)
+    assert [name for name, _, _ in observed] == ["bn1", "bn2"]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def v2(data: Any = (0.5,) * 192, shape: Any = (1, 3, 8, 8), datatype: Any = "FP3
 
 async def test_unknown_paths(server: Server) -> None:
     for method, path in (
-        ("GET", "/"), ("GET", "/v1"), ("GET", "/v3"), ("POST", "/v1/streams/s/nothing"), ("GET", "/v1/streams/a/b/c"),
+        ("GET", "/v1"), ("GET", "/v3"), ("POST", "/v1/streams/s/nothing"), ("GET", "/v1/streams/a/b/c"),
         ("GET", f"/v2/models/{MODEL}/versions/1/nothing"), ("DELETE", "/no/such/path"), ("GET", "/v2/models"),
     ):  # fmt: skip
         assert path in error_of(await server.client.request(method, path), 404)

@@ -309,9 +309,11 @@ async def test_a_sequence_is_a_stream(server: Server) -> None:
     reports = [one["parameters"] for one in answers]
     assert [one["state_version"] for one in reports] == [0, 1, 2]
     assert all((one["stream_id"], one["adapted"], one["policy"]) == ("cam", True, "tent") for one in reports)
-    assert "drift" not in reports[0], "not measured yet"
-    assert reports[1]["drift"] > 0
+    assert "agreement" not in reports[0], "not measured yet"
+    assert 0 <= reports[1]["agreement"] <= 1
+    assert all("drift" not in one and one["verdict"] == "unknown" for one in reports), "nothing to compare with"
     assert all(0 < one["confidence"] <= 1 for one in reports)
+    assert all(0 <= one["entropy_ratio"] <= 1 and 0 <= one["margin"] <= 1 for one in reports)
     for report in reports:
         assert all(isinstance(value, str | int | float | bool) for value in report.values()), "flat"
     assert (await server.info("cam"))["version"] == 3

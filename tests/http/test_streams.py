@@ -11,14 +11,14 @@ import pytest
 from adapters.tent import Tent
 from tests.http.conftest import Server, error_of, untouched
 from tests.serving import LR, MODEL, rows
-from tta_server.http.schemas import StreamInfo
+from tta_server.http.schemas import StreamDetail
 
 pytestmark = pytest.mark.anyio
 
 
 async def test_a_stream_from_its_creation_to_its_end(server: Server) -> None:
     created = await server.open("cam-1")
-    StreamInfo.model_validate(created)
+    StreamDetail.model_validate(created)
     assert (created["id"], created["model"], created["policy"], created["adapt"]) == ("cam-1", MODEL, "tent", True)
     assert created["settings"] == dataclasses.asdict(Tent(lr=LR))
     assert (created["version"], created["requests"], created["last_seen"]) == (0, 0, None)
@@ -31,7 +31,9 @@ async def test_a_stream_from_its_creation_to_its_end(server: Server) -> None:
     assert created["state_bytes"] == seen["state_bytes"] == 3 * 4 * 28 + 8, "weights, two moments, a counter"
     assert seen["last_seen"] >= seen["created"] == created["created"]
     assert {"loss", "entropy", "confidence", "bn_distance", "agreement"} <= seen["signals"].keys()
-    assert seen["drift"] == seen["signals"]["bn_distance"] > 0
+    assert seen["signals"]["bn_distance"]["value"] > 0
+    assert (seen["drift"], seen["verdict"]) == (None, "unknown"), "there are no clean data to compare with"
+    assert seen["missing"].keys() == {"feature_distance", "label_divergence", "label_psi", "z"}
 
     off = await server.json("PATCH", "/v1/streams/cam-1", json={"adapt": False})
     assert off == seen | {"adapt": False, "state_kept": True}
@@ -46,7 +48,10 @@ async def test_a_stream_from_its_creation_to_its_end(server: Server) -> None:
 
 async def test_streams_are_listed_as_they_came(server: Server) -> None:
     made = [await server.open(id) for id in "cab"]
-    assert await server.json("GET", "/v1/streams") == {"streams": made, "next": None}
+    listed = await server.json("GET", "/v1/streams")
+    assert listed["next"] is None
+    for one, whole in zip(listed["streams"], made, strict=True):
+        assert one == {key: value for key, value in whole.items() if key not in ("signals", "missing")}
 
 
 async def test_a_stream_takes_what_it_is_asked_for(server: Server) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import math
 import re
 import zlib
 from typing import Any
@@ -108,7 +109,11 @@ async def test_versions_and_measurements_come_with_the_answers(server: Server) -
         await server.settled()
     assert [one["version"] for one in answers] == [0, 1, 2, 3]
     assert (answers[0]["drift"], answers[0]["agreement"]) == (None, None), "not measured yet"
-    assert answers[1]["drift"] > 0
+    for one in answers:
+        assert one["verdict"] == "unknown", "there are no clean data to compare with"
+        assert one["entropy_ratio"] == pytest.approx(np.array(one["entropy"]) / math.log(len(CLASSES)), abs=1e-6)
+        best = np.sort(one["probabilities"], axis=1)
+        assert one["margin"] == pytest.approx(best[:, -1] - best[:, -2], abs=1e-6)
     assert 0 <= answers[1]["agreement"] <= 1
     assert (await server.info("s"))["requests"] == 4
 

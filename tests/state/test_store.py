@@ -59,7 +59,7 @@ def commit(
     """One step of these streams; all of them may keep what they get, unless ``allowed`` says otherwise."""
     lease, _ = store.lease(lane, list(states))
     try:
-        return store.commit(lease, join(list(states.values())), allowed or [True] * len(states))
+        return store.commit(lease, join(list(states.values())), allowed or [True] * len(states)).kept
     finally:
         store.release(lease)
         store.check_integrity()
@@ -212,12 +212,12 @@ def test_a_leased_stream_is_not_evicted() -> None:
         store.lease(LANE, [c])
     store.check_integrity()
     assert [store.tier(LANE, one) for one in (a, b, c)] == ["device", "device", "none"]
-    assert store.commit(second, make_state(2.0), [True]) == [True]
+    assert store.commit(second, make_state(2.0), [True]).kept == [True]
     store.release(second)
     assert_same(flat(states), flat(INITIAL))
     assert commit(store, {c: make_state(3.0)}) == [True]
     assert [store.tier(LANE, one) for one in (a, b, c)] == ["device", "host", "device"]
-    assert store.commit(first, make_state(4.0), [True]) == [True]
+    assert store.commit(first, make_state(4.0), [True]).kept == [True]
     store.release(first)
     for stream, value in ((a, 4.0), (b, 2.0), (c, 3.0)):
         assert_same(held(store, stream), flat(make_state(value)))
@@ -650,7 +650,7 @@ class StoreMachine(RuleBasedStateMachine):
             elif fault == "memory":
                 state.memory["window"][0, 1, 0] = torch.inf
         allowed = [fault != "veto" for fault in bad[: len(states)]]
-        assert self.store.commit(lease, join(states), allowed) == sound
+        assert self.store.commit(lease, join(states), allowed).kept == sound
         self.store.release(lease)
         for stream, state, kept in zip(lease.streams, states, sound, strict=True):
             if kept:

@@ -101,6 +101,8 @@ class Answer:
     """Mean over the rows of the largest probability."""
     drift: float | None
     """The stream's drift score before this request."""
+    verdict: str | None
+    """The stream in words before this request: ``near source``, ``drifted``, ``changing``, ``unknown``."""
     agreement: float | None
     """Share of sampled rows so far with the source model's class."""
 
@@ -190,6 +192,7 @@ def infer(model: str, images: ArrayLike, timeout: float | None, controls: Json) 
             replayed=replayed,
             confidence=report.get("confidence"),
             drift=report.get("drift"),
+            verdict=report.get("verdict"),
             agreement=report.get("agreement"),
         )
 

@@ -66,9 +66,8 @@ class Record:
     severity: float
     source_error: float
     served_error: float
-    entropy: float
-    """Mean over the rows as served, nats."""
     drift: float | None
+    verdict: str
     version: int
     adapted: bool
     sample: Images
@@ -87,13 +86,15 @@ class Run:
 class Session:
     """All cameras against one server, at once."""
 
-    def __init__(self, url: str, digits: Digits, batches: int, batch_size: int, seed: int, interval: float) -> None:
+    def __init__(
+        self, url: str, digits: Digits, batches: int, batch_size: int, seed: int, interval: float, token: str = ""
+    ) -> None:
         self.runs = [Run(camera, batches) for camera in CAMERAS]
         self.answered = 0
         """Requests so far."""
         self._url, self._digits, self._batch_size, self._interval = url, digits, batch_size, interval
         self._generators = [np.random.default_rng([seed, index]) for index in range(len(self.runs))]
-        self._started = 0.0
+        self._started, self._token = 0.0, token
 
     @property
     def batches_done(self) -> int:
@@ -107,9 +108,12 @@ class Session:
 
     async def drive(self) -> None:
         """Sends everything. Raises ``DemoFailed`` with the first thing that went wrong."""
-        self._started = time.monotonic()
+        self._started, self.answered = time.monotonic(), 0
+        for run in self.runs:
+            run.records.clear()
         # trust_env: a proxy set in the environment must not be asked for the loopback address.
-        async with httpx.AsyncClient(base_url=self._url, timeout=60, trust_env=False) as client:
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        async with httpx.AsyncClient(base_url=self._url, timeout=60, trust_env=False, headers=headers) as client:
             tasks = [
                 asyncio.create_task(self._film(client, run, rng))
                 for run, rng in zip(self.runs, self._generators, strict=True)
@@ -139,8 +143,8 @@ class Session:
                     severity=severity,
                     source_error=_error(source["classes"], labels),
                     served_error=_error(served["classes"], labels),
-                    entropy=float(np.mean(served["entropy"])),
                     drift=served["drift"],
+                    verdict=served["verdict"],
                     version=served["version"],
                     adapted=served["adapted"],
                     sample=images[0, 0],

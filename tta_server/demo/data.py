@@ -1,4 +1,4 @@
-"""The demo's images: scikit-learn's handwritten digits, split once and for all into training and held out.
+"""The demo's images: scikit-learn's handwritten digits, split once and for all into training, validation and held out.
 
 The 1,797 images come with scikit-learn, so nothing is downloaded. Who wrote which is not known: both parts
 surely share writers, so accuracy on the held-out digits says nothing about new writers.
@@ -21,6 +21,7 @@ STD = 0.3754
 """Standard deviation of all training pixels, black being 0 and white 1."""
 
 TRAINING_SIZE = 1000
+VALIDATION_SIZE = 300
 SPLIT_SEED = 0
 
 
@@ -29,16 +30,23 @@ def training() -> Digits:
     return _split()[0]
 
 
-def held_out() -> Digits:
-    """Return the 797 digits that training never sees: images `[N, 1, 8, 8]`, 0 to 255, and labels `[N]`.
+def validation() -> Digits:
+    """Return 300 digits that training never sees, from which the monitor knows clean digits; in the same form."""
+    images, labels = _split()[1]
+    return images[:VALIDATION_SIZE], labels[:VALIDATION_SIZE]
 
-    Every class has its share of both parts. Raises `ImportError` where scikit-learn is not installed.
+
+def held_out() -> Digits:
+    """Return the 497 digits that neither sees: images `[N, 1, 8, 8]`, 0 to 255, and labels `[N]`.
+
+    Raises `ImportError` where scikit-learn is not installed.
     """
-    return _split()[1]
+    images, labels = _split()[1]
+    return images[VALIDATION_SIZE:], labels[VALIDATION_SIZE:]
 
 
 def _split() -> tuple[Digits, Digits]:
-    """Return the training and the held-out digits."""
+    """Return the training digits and all others; every class has its share of both parts."""
     try:
         load_digits = import_module("sklearn.datasets").load_digits
         train_test_split = import_module("sklearn.model_selection").train_test_split

@@ -33,7 +33,7 @@ SEVERITY_COLOUR, GRID_COLOUR, NOTE_COLOUR = "#ececec", "#d9d9d9", "#555555"
 def live_table(session: Session) -> Table:
     """Every stream as it is now."""
     table = _table(f"Error in % over each stream's last {RECENT} batches", progress(session))
-    _add_columns(table, "severity", "source\nmodel", "as\nserved", "entropy", "drift", "version", "adapts")
+    _add_columns(table, "severity", "source\nmodel", "as\nserved", "drift", "verdict", "version", "adapts")
     for run in session.runs:
         if not run.records:
             table.add_row(run.camera.id)
@@ -45,8 +45,8 @@ def live_table(session: Session) -> Table:
             f"{last.severity:.2f}",
             source,
             served,
-            f"{entropy(recent):.2f}",
             _drift(last),
+            last.verdict,
             str(last.version),
             "yes" if last.adapted else "no",
         )
@@ -65,26 +65,25 @@ def progress(session: Session) -> str:
 
 def final_table(runs: Sequence[Run], window: int) -> Table:
     """Every stream over its last ``window`` batches and over the whole run."""
-    notes = ["change: percentage points; entropy: nats, as served; drift: 0 is like training"]
+    notes = ["change: percentage points; drift: standard deviations farther from clean digits than they are"]
     for run in runs:
         switch = run.camera.switch(run.batches)
         if switch is not None:
             notes.append(f"{run.camera.id}: adaptation was off for the first {switch} of {run.batches} batches")
     table = _table(f"Error in % at the end of the drift: each stream's last {window} batches", "\n".join(notes))
-    _add_columns(table, "source\nmodel", "as\nserved", "change", "entropy", "drift", "version", "over the\nwhole run")
+    _add_columns(table, "source\nmodel", "as\nserved", "change", "drift", "verdict", "over the\nwhole run")
     for run in runs:
         last = run.records[-window:]
         table.add_row(
             run.camera.id,
             *_errors(last),
-            f"{entropy(last):.2f}",
             _drift(last[-1]),
-            str(last[-1].version),
+            last[-1].verdict,
             _both(run.records),
         )
     table.add_section()
     ends, wholes = [one for run in runs for one in run.records[-window:]], [one for run in runs for one in run.records]
-    table.add_row("all streams", *_errors(ends), f"{entropy(ends):.2f}", "", "", _both(wholes))
+    table.add_row("all streams", *_errors(ends), "", "", _both(wholes))
     return table
 
 
@@ -96,11 +95,6 @@ def source_error(records: Sequence[Record]) -> float:
 def served_error(records: Sequence[Record]) -> float:
     """Mean error as served."""
     return fmean(one.served_error for one in records)
-
-
-def entropy(records: Sequence[Record]) -> float:
-    """Mean entropy as served, nats."""
-    return fmean(one.entropy for one in records)
 
 
 def save_plot(runs: Sequence[Run], window: int, path: Path) -> None:
@@ -223,4 +217,4 @@ def _verdict(change: float) -> str:
 
 
 def _drift(record: Record) -> str:
-    return "-" if record.drift is None else f"{record.drift:.3f}"
+    return "-" if record.drift is None else f"{record.drift:.1f}"

@@ -78,6 +78,20 @@ def run_demo(options: DemoOptions, console: Console) -> None:
     _print_hints(console, plot, example, digits)
 
 
+def run_clients(options: DemoOptions, url: str, token: str, console: Console) -> None:
+    """Sends the cameras' drifting streams to a server that runs already and serves the demo's model, over and over.
+
+    Each round starts clean again. Ends with the process; raises ``DemoFailed`` when the server fails.
+    """
+    digits = _prepare(options)
+    while not _is_ready(url):
+        console.print(f"Waiting for {url}", highlight=False)
+        time.sleep(LINE_SECONDS)
+    session = Session(url, digits, options.batches, options.batch_size, options.seed, options.interval, token)
+    while True:
+        asyncio.run(_watch(session, console))
+
+
 def _prepare(options: DemoOptions) -> Digits:
     """Makes the output folder; returns the digits to send. Raises ``ConfigError``."""
     if options.batches < 2 or options.batch_size < 1 or options.interval < 0 or options.seed < 0:
@@ -142,13 +156,17 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise DemoFailed(f"the server ended while starting, with status {process.returncode}")
-        try:
-            if httpx.get(f"{url}/v2/health/ready", trust_env=False).is_success:
-                return
-        except httpx.TransportError:
-            pass
+        if _is_ready(url):
+            return
         time.sleep(0.1)
     raise DemoFailed(f"the server was not ready within {START_SECONDS:g} s")
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/v2/health/ready", trust_env=False).is_success
+    except httpx.TransportError:
+        return False
 
 
 @contextmanager

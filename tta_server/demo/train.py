@@ -1,4 +1,5 @@
-"""Train the demo's network: `python -m tta_server.demo.train` rewrites `digits.safetensors` beside this file.
+"""Train the demo's network: `python -m tta_server.demo.train` rewrites `digits.safetensors` beside this file, and
+`digits.artefacts.safetensors`, from which the monitor knows what clean digits look like.
 
 About ten seconds on one core. The only augmentation is a shift by up to one pixel; the network never meets
 the demo's corruptions. The seed is fixed: the same torch on the same kind of processor gives the same file.
@@ -6,7 +7,10 @@ the demo's corruptions. The seed is fixed: the same torch on the same kind of pr
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -15,8 +19,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tta_server.demo.data import MEAN, STD, Digits, held_out, training
+from tta_server.demo.data import MEAN, STD, Digits, held_out, training, validation
 from tta_server.demo.network import digits_network
+from tta_server.drift.reference import GROUP as MONITORING
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 SEED = 0
@@ -74,6 +79,13 @@ def main() -> None:
     print(f"accuracy on held-out digits: {accuracy(network, held_out()):.2%}")
     WEIGHTS.write_bytes(save(network.state_dict()))
     print(f"wrote {WEIGHTS} ({WEIGHTS.stat().st_size} bytes)")
+    with TemporaryDirectory() as folder:
+        data = Path(folder) / "validation.npz"
+        images, labels = validation()
+        np.savez(data, images=images.transpose(0, 2, 3, 1), labels=labels)
+        options = ("--data", str(data), "--only", MONITORING, "--force")
+        config = str(WEIGHTS.with_name("config.yaml"))
+        subprocess.run([sys.executable, "-m", "tta_server", "prepare", config, *options], check=True)
 
 
 if __name__ == "__main__":

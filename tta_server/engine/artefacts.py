@@ -38,6 +38,11 @@ class Artefacts:
         self.tensors |= {f"{group}/{key}": value.detach().cpu().contiguous() for key, value in tensors.items()}
         self.made[group] = dict(how)
 
+    def group(self, group: str) -> Tensors:
+        """One group's tensors, by the rest of their keys; empty where there is none."""
+        start = f"{group}/"
+        return {key.removeprefix(start): value for key, value in self.tensors.items() if key.startswith(start)}
+
     def drop(self, group: str) -> None:
         """Removes a group, if it is there."""
         self.tensors = {key: value for key, value in self.tensors.items() if not key.startswith(f"{group}/")}
@@ -49,6 +54,7 @@ class Artefacts:
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             safetensors.torch.save_file(self.tensors, unfinished, metadata)
+            unfinished.chmod(0o644)  # the server may run as somebody else than who made it
             unfinished.replace(path)
         except BaseException as error:
             unfinished.unlink(missing_ok=True)

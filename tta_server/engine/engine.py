@@ -10,59 +10,44 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from adapters import losses, serving
-from adapters.base import Policy, Segments, State, Step
+from adapters import serving
+from adapters.base import Policy, State, Step
 from tta_server.drift.monitor import Monitor
-from tta_server.engine.norm import Pass
+from tta_server.drift.signals import Values
 from tta_server.engine.run import PolicyRun
 from tta_server.engine.source import SourceModel
+from tta_server.engine.watch import Served, Watch
 from tta_server.errors import StepFailed
 from tta_server.state.store import Lease, StateStore
-from tta_server.types import AGREEMENT, DRIFT, Answer, Job, JobStats, Lane, Plan, StepStats, Stream
+from tta_server.types import Answer, Event, Job, JobStats, Lane, Plan, StepStats, Stream
 
 log = logging.getLogger(__name__)
 
+FAILURES = {"rejected_nonfinite": "rejected", "failed": "failed"}
+"""Events by the results of steps that were not kept."""
+
 AnswerJob = Callable[[Job, Answer | StepFailed], None]
-
-
-@dataclass(frozen=True)
-class _Served:
-    """What the first half of a step left: the answered rows, and which jobs' are compared with the source."""
-
-    run: PolicyRun
-    logits: Tensor
-    entropy: Tensor
-    confidence: Tensor
-    sampled: list[int]
-
-    @cached_property
-    def entropies(self) -> Sequence[Tensor]:
-        """By job."""
-        parts: Sequence[Tensor] = self.entropy.split(self.run.segments.sizes)
-        return parts
-
-    @cached_property
-    def confidences(self) -> Sequence[Tensor]:
-        """By job."""
-        parts: Sequence[Tensor] = self.confidence.split(self.run.segments.sizes)
-        return parts
 
 
 class Engine:
     """Steps the policies of all models on one device."""
 
     def __init__(
-        self, models: Mapping[str, SourceModel], store: StateStore, monitor: Monitor, shadow_ratio: float
+        self,
+        models: Mapping[str, SourceModel],
+        store: StateStore,
+        monitor: Monitor,
+        shadow_ratio: float,
+        frozen_ratio: float = 0.05,
+        monitored: bool = True,
     ) -> None:
-        self.models, self.store, self.monitor, self._shadow_ratio = dict(models), store, monitor, shadow_ratio
+        """The ratios are those of ``MonitorSettings``."""
+        self.models, self.store, self.monitor = dict(models), store, monitor
+        self._watch = Watch(monitor, shadow_ratio, frozen_ratio, monitored)
 
     def step(self, plan: Plan, answer: AnswerJob) -> StepStats:
         """Runs one plan; ``answer`` is called once per job, before any adaptation.
@@ -75,7 +60,7 @@ class Engine:
             return self._step(plan.lane, plan.jobs, answer, plan.shed)
         except _Unanswered as failure:
             if len(plan.jobs) == 1:
-                log.error("step failed", exc_info=failure.__cause__, extra={"stream": plan.jobs[0].stream.id})
+                log.error("step failed", exc_info=failure.__cause__, extra=_about(plan.jobs[0]))
                 answer(plan.jobs[0], StepFailed(f"the model or policy failed on this request: {failure.__cause__}"))
                 return StepStats(plan.lane, self._classes(plan.lane), [], 0.0, 0.0, 0.0)
         parts = [self.step(Plan(plan.lane, [job], plan.shed), answer) for job in plan.jobs]
@@ -86,6 +71,10 @@ class Engine:
             sum(part.forward_seconds for part in parts),
             sum(part.adapt_seconds for part in parts),
             sum(part.shadow_seconds for part in parts),
+            sum(part.monitor_seconds for part in parts),
+            time.time(),
+            [event for part in parts for event in part.events],
+            any(part.monitor_failed for part in parts),
         )
 
     def put(self, model: SourceModel) -> None:
@@ -145,11 +134,10 @@ class Engine:
                     self.store.add_lane(lane, initial_state(lane.policy, model))
                 if self.store.has_state(lane):
                     lease, state = self.store.lease(lane, [job.stream for job in jobs])
-                sampled = [] if shed else self._sample(lane, jobs)
+                sampled = [] if shed else self._watch.sample(lane, jobs)
                 shed = shed and lease is not None
                 run = PolicyRun(model, lane, jobs, state)
-                logits = run.scores()
-                served = _Served(run, logits, losses.entropy(logits), logits.softmax(1).amax(1), sampled)
+                served = Served(run, run.scores())
             except Exception as error:
                 raise _Unanswered from error
             forward_seconds = time.monotonic() - started
@@ -157,41 +145,51 @@ class Engine:
             adapt_started = time.monotonic()
             if shed:
                 run.stop()
-                results, signals = ["shed"] * len(jobs), list[dict[str, float]]({} for _ in jobs)
+                results, own = ["shed"] * len(jobs), Values()
             else:
-                results, signals = self._adapt(model, lane, jobs, run, lease, finite)
+                results, own = self._adapt(model, lane, jobs, run, lease, finite)
             adapt_seconds = time.monotonic() - adapt_started
         finally:
             if lease is not None:
                 self.store.release(lease)
-        shadow_seconds = self._measure(model, lane, jobs, served, signals)
+        for job, result in zip(jobs, results, strict=True):
+            job.stream.requests += 1
+            job.stream.adapted += not lane.policy.plain
+            job.stream.failures += result in FAILURES
+        measured = self._watch.measure(model, lane, jobs, served, own, sampled)
+        told = [
+            Event(FAILURES[result], job.stream, {"version": job.stream.version}, job.origin)
+            for job, result in zip(jobs, results, strict=True)
+            if result in FAILURES
+        ]
         sizes = run.segments.sizes
-        rows = zip(served.entropies, served.confidences, strict=True)
-        means = zip(_means(served.entropy, sizes), _means(served.confidence, sizes), strict=True)
-        stats = []
-        for job, (entropy, confidence), mean, result, own in zip(jobs, rows, means, results, signals, strict=True):
-            own["entropy"], own["confidence"] = mean
-            self._count(lane, job.stream, own)
-            stats.append(JobStats(job.stream, job.rows, started - job.arrived, entropy, confidence, result, own))
-        return StepStats(lane, len(model.classes), stats, forward_seconds, adapt_seconds, shadow_seconds)
-
-    def _count(self, lane: Lane, stream: Stream, signals: dict[str, float]) -> None:
-        """Takes an answered request into its stream's counters and averages.
-
-        An answer of the plain source model says nothing of how the adapted one does: of that, only drift counts.
-        """
-        stream.requests += 1
-        stream.adapted += not lane.policy.plain
-        if stream.id:
-            own = lane.policy == stream.policy
-            told = {name: value for name, value in signals.items() if math.isfinite(value) and (own or name == DRIFT)}
-            self.monitor.update(stream, told)
+        parts = (one.split(sizes) for one in (served.entropy, served.confidence, served.margin))
+        stats = [
+            JobStats(
+                job.stream, job.rows, started - job.arrived, entropy, confidence, margin, result, signals, job.origin
+            )
+            for job, result, signals, entropy, confidence, margin in zip(
+                jobs, results, measured.signals, *parts, strict=True
+            )
+        ]
+        return StepStats(
+            lane,
+            len(model.classes),
+            stats,
+            forward_seconds,
+            adapt_seconds,
+            measured.shadow_seconds,
+            measured.monitor_seconds,
+            time.time(),
+            told + measured.events,
+            measured.failed,
+        )
 
     def _answer(
         self,
         lane: Lane,
         jobs: list[Job],
-        served: _Served,
+        served: Served,
         started: float,
         seconds: float,
         answer: AnswerJob,
@@ -199,13 +197,13 @@ class Engine:
     ) -> list[bool]:
         """Answers every job; returns whose scores were finite."""
         sizes = served.run.segments.sizes
-        finite = [mean == 1 for mean in _means(served.logits.isfinite().all(1), sizes)]
-        parts = (served.logits.split(sizes), served.entropies, served.confidences)
-        for job, sound, logits, entropy, confidence in zip(jobs, finite, *parts, strict=True):
+        starts = np.cumsum([0, *sizes[:-1]])
+        finite: list[bool] = np.logical_and.reduceat(served.logits.isfinite().all(1).numpy(), starts).tolist()
+        parts = (one.split(sizes) for one in (served.logits, served.entropy, served.confidence, served.margin))
+        for job, sound, logits, entropy, confidence, margin in zip(jobs, finite, *parts, strict=True):
             if not sound:
                 answer(job, StepFailed("the scores for these inputs are not finite; the stream was left as it was"))
                 continue
-            averages = self.monitor.read(job.stream)
             answer(
                 job,
                 Answer(
@@ -216,8 +214,10 @@ class Engine:
                     shed=shed,
                     entropy=entropy,
                     confidence=confidence,
-                    drift=averages.get(DRIFT),
-                    agreement=averages.get(AGREEMENT),
+                    margin=margin,
+                    drift=self.monitor.drift(job.stream),
+                    verdict=self.monitor.verdict(job.stream),
+                    agreement=self.monitor.agreement(job.stream),
                     queue_seconds=started - job.arrived,
                     inference_seconds=seconds,
                 ),
@@ -226,77 +226,37 @@ class Engine:
 
     def _adapt(
         self, model: SourceModel, lane: Lane, jobs: list[Job], run: PolicyRun, lease: Lease | None, finite: list[bool]
-    ) -> tuple[list[str], list[dict[str, float]]]:
-        """The second half of the policy's step, and its commit: a result and the policy's signals per job.
+    ) -> tuple[list[str], Values]:
+        """The second half of the policy's step, and its commit: a result per job, and the step's signals.
 
         When it fails for several streams, each takes its step again by itself: one stream's fault is not the others'.
         """
         try:
             return self._commit(jobs, run.finish(), lease, finite)
         except Exception:  # the answers have left; nothing was committed, the streams stay as they were
-            log.exception("adaptation failed", extra={"streams": [job.stream.id for job in jobs]})
-        results, signals = ["failed"] * len(jobs), list[dict[str, float]]({} for _ in jobs)
+            log.exception("adaptation failed", extra={"jobs": [_about(job) for job in jobs]})
+        results, signals = ["failed"] * len(jobs), Values()
         for index, job in enumerate(jobs if len(jobs) > 1 else ()):
             try:
                 part, state = (None, State({}, {})) if lease is None else self.store.part(lease, index)
                 alone = PolicyRun(model, lane, [job], state)
                 alone.scores()
-                (results[index],), (signals[index],) = self._commit([job], alone.finish(), part, [finite[index]])
+                (results[index],), own = self._commit([job], alone.finish(), part, [finite[index]])
+                for name, (value,) in own.items():
+                    signals.setdefault(name, np.full(len(jobs), np.nan))[index] = value
             except Exception:  # this is the stream whose fault it was
-                log.exception("adaptation failed", extra={"stream": job.stream.id})
+                log.exception("adaptation failed", extra=_about(job))
         return results, signals
 
-    def _commit(
-        self, jobs: list[Job], step: Step, lease: Lease | None, finite: list[bool]
-    ) -> tuple[list[str], list[dict[str, float]]]:
-        signals: list[dict[str, float]] = [{} for _ in jobs]
-        for name, values in step.signals.items():
-            for own, value in zip(signals, values.tolist(), strict=True):
-                own[name] = value
+    def _commit(self, jobs: list[Job], step: Step, lease: Lease | None, finite: list[bool]) -> tuple[list[str], Values]:
+        signals: Values = {name: values.double().cpu().numpy() for name, values in step.signals.items()}
         if lease is None:
             return ["none" if one else "rejected_nonfinite" for one in finite], signals
-        kept = self.store.commit(lease, step.state, finite)
-        return ["applied" if keep else "rejected_nonfinite" for keep in kept], signals
-
-    def _measure(
-        self, model: SourceModel, lane: Lane, jobs: list[Job], served: _Served, signals: list[dict[str, float]]
-    ) -> float:
-        """Compares a share of each stream's requests with the source model; returns the seconds it took.
-
-        Adds ``bn_distance`` (see ``segment_norm.py``) and, where a policy answered, ``agreement``: the share of rows
-        whose served class is the source model's.
-        """
-        if not served.sampled:
-            return 0.0
-        started = time.monotonic()
-        try:
-            sizes = served.run.segments.sizes
-            x_parts, served_parts = served.run.x.split(sizes), served.logits.split(sizes)
-            segments = Segments([sizes[index] for index in served.sampled], model.network.device)
-            watched = Pass(segments, observe=True)
-            with torch.no_grad():
-                source = model.network.run(
-                    watched, torch.cat([x_parts[index] for index in served.sampled])
-                ).logits.cpu()
-            _add(signals, served.sampled, DRIFT, watched.distances)
-            if not lane.policy.plain:
-                for index, logits in zip(served.sampled, source.split(segments.sizes), strict=True):
-                    same = served_parts[index].argmax(1) == logits.argmax(1)
-                    signals[index][AGREEMENT] = same.double().mean().item()
-        except Exception:  # measuring must not undo a step that is answered and committed
-            log.exception("source shadow failed", extra={"streams": [jobs[one].stream.id for one in served.sampled]})
-        return time.monotonic() - started
-
-    def _sample(self, lane: Lane, jobs: list[Job]) -> list[int]:
-        """Which jobs' requests are compared with the source: an even share of each named stream's, by who answers."""
-        plain = lane.policy.plain
-        chosen = []
-        for index, job in enumerate(jobs):
-            stream = job.stream
-            past = stream.requests - stream.adapted if plain else stream.adapted
-            if stream.id and math.ceil((past + 1) * self._shadow_ratio) > math.ceil(past * self._shadow_ratio):
-                chosen.append(index)
-        return chosen
+        commit = self.store.commit(lease, step.state, finite)
+        # A step that moves nothing, of a window that is not full yet, say, is none to take the length of.
+        signals["update_norm"] = np.array([norm or math.nan for norm in commit.update])
+        signals["parameter_distance"] = np.array(commit.distance)
+        return ["applied" if keep else "rejected_nonfinite" for keep in commit.kept], signals
 
 
 def initial_state(policy: Policy, model: SourceModel) -> State:
@@ -311,19 +271,10 @@ def initial_state(policy: Policy, model: SourceModel) -> State:
     return serving.init(policy, model.source)
 
 
-def _means(values: Tensor, sizes: list[int]) -> list[float]:
-    """The mean of each job's part of ``values [N]``, all at once: a call of torch for each costs more than the sums."""
-    starts = np.cumsum([0, *sizes[:-1]])
-    means: list[float] = (np.add.reduceat(values.numpy(), starts, dtype=np.float64) / sizes).tolist()
-    return means
-
-
 class _Unanswered(Exception):
     """A step that failed before any of its answers left; the reason is its cause."""
 
 
-def _add(signals: list[dict[str, float]], jobs: Iterable[int], name: str, layers: list[Tensor]) -> None:
-    """Adds a signal, the mean over ``layers`` of ``[jobs]`` each, to these jobs' signals; without layers none."""
-    if layers:
-        for job, value in zip(jobs, torch.stack(layers).mean(0).tolist(), strict=True):
-            signals[job][name] = value
+def _about(job: Job) -> dict[str, str]:
+    """What a log line says of a job."""
+    return {"stream": job.stream.id, "request": job.origin.request}

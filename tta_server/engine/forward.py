@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from adapters.base import SOURCE_NORM, Output, Segments, Tensors
+from tta_server.drift.signals import LayerStatistics
 from tta_server.engine.norm import KINDS, Conduit, Pass, StreamBatchNorm, replace_norms
 from tta_server.engine.stable import stabilise
 from tta_server.engine.traced import is_tracing, trace
@@ -46,6 +49,7 @@ class StreamwiseNetwork:
         torch.backends.mha.set_fastpath_enabled(False)
         self._features: Tensor | None = None
         self._graph: Callable[[Tensor], Output] | None = None
+        self._stored: dict[tuple[str, ...], LayerStatistics] = {}
         self._network.get_submodule(head).register_forward_pre_hook(self._catch_features)
         per_channel = (-1, *[1] * (len(spec.shape) - 1))
         self._mean, self._std = (
@@ -118,23 +122,31 @@ class StreamwiseNetwork:
             raise ConfigError("the classifier head did not run in the forward pass; name the right layer as 'head'")
         return Output(logits, features, now.statistics)
 
-    def batch_norm_inputs(self, x: Tensor) -> Tensors:
-        """What enters each batch-norm layer, ``[N, channels, ...]`` by the layer's name, when the source runs ``x``."""
-        seen: Tensors = {}
+    def observed(self, now: Pass) -> tuple[NDArray[Any], NDArray[Any], LayerStatistics] | None:
+        """What an observing pass left: mean and variance by stream of all layers side by side, ``[S, channels]``, and
+        the source's stored ones; ``None`` for a network without batch norms."""
+        if not now.observed:
+            return None
+        names = tuple(name for name, _, _ in now.observed)
+        if names not in self._stored:
+            self._stored[names] = self._layer_statistics(names)
+        mean = torch.cat([one for _, one, _ in now.observed], 1).float().cpu().numpy()
+        var = torch.cat([one for _, _, one in now.observed], 1).float().cpu().numpy()
+        return mean, var, self._stored[names]
 
-        def keep(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            assert isinstance(layer, StreamBatchNorm)
-            seen[layer.name] = inputs[0].detach()
-
-        layers = [one for one in self._network.modules() if isinstance(one, StreamBatchNorm)]
-        hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
-        try:
-            with torch.no_grad():
-                self._layer_by_layer(Pass(Segments([len(x)], self.device)), x)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen
+    def _layer_statistics(self, names: tuple[str, ...]) -> LayerStatistics:
+        layers = [one for one in map(self._network.get_submodule, names) if isinstance(one, StreamBatchNorm)]
+        sizes = [layer.channels for layer in layers]
+        mean, var = (
+            np.concatenate([layer.get_buffer(key).float().cpu().numpy() for layer in layers])
+            for key in ("running_mean", "running_var")
+        )
+        return LayerStatistics(
+            mean=mean,
+            var=var,
+            eps=np.repeat([layer.eps for layer in layers], sizes),
+            starts=np.cumsum([0, *sizes[:-1]]),
+        )
 
     def _catch_features(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._features = inputs[0]

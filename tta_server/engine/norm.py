@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.base import BATCH_NORM, SOURCE_NORM, Norm, Segments, Tensors
-from tta_server.engine.segment_norm import SegmentBatchNorm, per_row, source_distance
+from tta_server.engine.segment_norm import SegmentBatchNorm, batch_statistics, per_row
 from tta_server.engine.traced import is_tracing
 
 
@@ -29,11 +29,12 @@ class Pass:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     norm: Norm = SOURCE_NORM
     observe: bool = False
-    """Measure each batch-norm layer's distance to the source while normalising as ``norm`` says."""
+    """Leave what each batch-norm layer's inputs are like in each stream, while normalising as ``norm`` says."""
     statistics: Tensors = field(default_factory=dict)
     """Left by running batch norms: the streams' new means and variances, ``[S, channels]``."""
-    distances: list[Tensor] = field(default_factory=list)
-    """Left when observing: per layer the distance of each stream's batch to the source, ``[S]``."""
+    observed: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    """Left when observing: per batch-norm layer that has source statistics its name, and each stream's mean and biased
+    variance, ``[S, channels]``."""
 
 
 class Conduit:
@@ -97,7 +98,7 @@ class StreamBatchNorm(StreamNorm):
     def forward(self, x: Tensor) -> Tensor:
         now = self._conduit.get(x)
         if now.observe and self.running_mean is not None and self.running_var is not None:
-            now.distances.append(source_distance(x, now.segments, self.running_mean, self.running_var, self.eps))
+            now.observed.append((self.name, *batch_statistics(x, now.segments)))
         if now.norm == SOURCE_NORM and self._is_shared(now) and self.running_mean is not None:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         gamma, beta = self._own("weight", now), self._own("bias", now)

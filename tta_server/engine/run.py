@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapters import rng, serving
-from adapters.base import Batch, Norm, Output, Segments, State, Step
+from adapters.base import SOURCE_NORM, Batch, Norm, Output, Segments, State, Step
 from tta_server.engine.norm import Pass
 from tta_server.engine.source import SourceModel
 from tta_server.types import Job, Lane
@@ -23,10 +23,15 @@ class PolicyRun:
     def __init__(self, model: SourceModel, lane: Lane, jobs: list[Job], state: State) -> None:
         device, dtype = model.network.device, model.network.dtype
         self.segments = Segments([job.rows for job in jobs], device)
+        self.source: Output | None = None
+        """What the plain source says of all rows, where the policy asked it."""
         self.x = torch.cat([job.x for job in jobs if job.x is not None]).to(device, dtype)
 
         def network(weights: Mapping[str, Tensor], x: Tensor, segments: Segments, norm: Norm) -> Output:
-            return model.network.run(Pass(segments, weights, norm), x)
+            output = model.network.run(Pass(segments, weights, norm), x)
+            if x is self.x and not weights and norm == SOURCE_NORM:
+                self.source = output
+            return output
 
         keys = torch.tensor([job.stream.random_key for job in jobs], device=device)
         versions = torch.tensor([job.stream.version for job in jobs], device=device)

@@ -1,4 +1,4 @@
-"""Batch norm over the rows of each stream: statistics, distance to the source, forward and backward.
+"""Batch norm over the rows of each stream: statistics, forward and backward.
 
 Batch-norm statistics are reduced first over each row's positions, then over each stream's rows. The first reduction
 does not depend on the batch at all, and the second adds a stream's rows in their order, so a stream gets the same
@@ -114,16 +114,11 @@ def _unbiased(norm: Norm) -> bool:
     return norm != BATCH_NORM and not norm.biased
 
 
-def source_distance(x: Tensor, segments: Segments, source_mean: Tensor, source_var: Tensor, eps: float) -> Tensor:
-    """Normalised squared 2-Wasserstein distance of each stream's batch statistics to the source's -> ``[S]``.
-
-    ``mean_c [(m - M)^2 + (sqrt v - sqrt V)^2] / (V + eps)``, dimensionless; ``eps`` is the layer's own, so that a dead
-    channel, of no variance in the source, does not count for more than the layer makes of it.
-    """
+def batch_statistics(x: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each stream's values by channel -> ``[S, channels]`` each, without gradient."""
     with torch.no_grad():
         _, _, mean, var, _ = _moments(_flat(x), segments)
-        squared = (mean - source_mean).square() + (var.sqrt() - source_var.sqrt()).square()
-        return (squared / (source_var + eps)).mean(1)
+        return mean, var
 
 
 def per_row(streams: Tensor, segments: Segments) -> Tensor:

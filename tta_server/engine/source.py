@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from adapters.base import Source
+from tta_server.drift.reference import GROUP as MONITORING
+from tta_server.drift.reference import Reference
 from tta_server.engine.artefacts import load_artefacts
 from tta_server.engine.forward import StreamwiseNetwork, probe
 from tta_server.engine.norm import REPLACED
@@ -47,6 +49,8 @@ class SourceModel:
     """Largest difference between rows' scores in a batch and alone, as measured here: 0, or rounding."""
     prepared: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By group of its artefacts, how these were made."""
+    reference: Reference | None = None
+    """What clean data look like to the monitor, if that was prepared."""
     reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By policy, how it does on this model under its preset, see ``report.py``. Filled in once all is loaded."""
 
@@ -82,6 +86,7 @@ def load_model(name: str, settings: Settings, device: torch.device) -> SourceMod
     except ConfigError as error:
         raise ConfigError(f"model {name!r}: {error}") from error
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+    monitoring = artefacts.group(MONITORING)
     return SourceModel(
         name=name,
         settings=spec,
@@ -106,6 +111,9 @@ def load_model(name: str, settings: Settings, device: torch.device) -> SourceMod
         left_alone=left_alone,
         row_gap=probed.row_gap,
         prepared=artefacts.made,
+        reference=Reference.of_tensors({key: one.cpu().numpy() for key, one in monitoring.items()})
+        if monitoring
+        else None,
     )
 
 

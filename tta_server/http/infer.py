@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import suppress
 from reprlib import repr as short
@@ -99,6 +100,7 @@ def router(service: Service) -> APIRouter:
                 adapt=controls.adapt,
                 timeout=controls.timeout,
                 priority=controls.priority,
+                origin=call.origin,
             )
 
         try:
@@ -225,7 +227,10 @@ def _report(stream: str | None, answer: Answer, replayed: bool) -> dict[str, str
         "adapted": answer.adapted,
         "policy": answer.policy,
         "confidence": float(answer.confidence.numpy().mean()),
+        "entropy_ratio": float(answer.entropy.numpy().mean()) / math.log(max(answer.logits.shape[1], 2)),
+        "margin": float(answer.margin.numpy().mean()),
         "drift": answer.drift,
+        "verdict": answer.verdict if stream is not None else None,
         "agreement": answer.agreement,
         "shed": answer.shed or None,
         "replayed": replayed or None,

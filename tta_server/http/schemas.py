@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,12 +14,14 @@ from pydantic import (
     model_validator,
 )
 
+from tta_server.drift.monitor import Verdict
+from tta_server.drift.signals import SIGNALS
 from tta_server.errors import BadInput
 from tta_server.http.values import softmax
 from tta_server.policies import settings_of
 from tta_server.settings import InputSettings
 from tta_server.tenant import Tenant
-from tta_server.types import DRIFT, Answer, Stream
+from tta_server.types import Answer, Stream
 
 MOST_MEMBERS = 256
 """Most members of an object in a request, where each of them may be wrong and would then be told."""
@@ -155,11 +158,34 @@ class StreamInfo(BaseModel):
     last_seen: float | None = Field(description="Unix time of the last prediction request, seconds.")
     tier: str = Field(description="Where the state is: device, host, or none while the stream has none of its own.")
     state_bytes: int = Field(description="Size of the state that it has from its first step on, kept images included.")
-    drift: float | None = Field(description="Drift score: distance of the stream's batch statistics to the source's.")
-    signals: dict[str, float] = Field(description="Moving averages of the stream's signals.")
+    failures: int = Field(description="Adaptation steps that failed or were not finite, and left no trace.")
+    drift: float | None = Field(
+        description="Drift score: by how many standard deviations the stream's requests are farther from clean data "
+        "than clean requests of their size, on average of late. Null without clean data to compare with."
+    )
+    verdict: Verdict = Field(description="The stream in words.")
+    agreement: float | None = Field(description="Share of sampled rows of late with the source model's class.")
 
 
-class PatchedStream(StreamInfo):
+class Signal(BaseModel):
+    """One signal of a stream."""
+
+    value: float = Field(description="Moving average.")
+    z: float | None = Field(description="Of its z-score against clean data; null where there is none.")
+    band: tuple[float, float] | None = Field(
+        description="Where clean requests as large as the stream's last mostly are: mean +- 2 standard deviations."
+    )
+    text: str | None = Field(description="What it is; null for a policy's own.")
+
+
+class StreamDetail(StreamInfo):
+    """One stream with all that is measured of it."""
+
+    signals: dict[str, Signal]
+    missing: dict[str, str] = Field(description="What cannot be measured of it, and how to get that.")
+
+
+class PatchedStream(StreamDetail):
     """A stream after a change."""
 
     state_kept: bool = Field(description="False: the stream is back at the source, see the request.")
@@ -194,10 +220,13 @@ class Prediction(BaseModel):
     labels: list[str]
     confidence: list[float] = Field(description="Largest probability, not calibrated.")
     entropy: list[float] = Field(description="Of the probabilities, nats.")
+    entropy_ratio: list[float] = Field(description="The same over ln(classes): 0 to 1.")
+    margin: list[float] = Field(description="Largest less second largest probability.")
     probabilities: list[list[float]] | None = None
     logits: list[list[float]] | None = None
     top: list[list[Ranked]] | None = Field(default=None, description="With top_k: per row, the likeliest first.")
-    drift: float | None = Field(description="The stream's drift score before this request.")
+    drift: float | None = Field(description="The stream's drift score before this request, see the stream.")
+    verdict: Verdict = Field(description="The stream in words before this request.")
     agreement: float | None = Field(description="Share of sampled rows so far with the source model's class.")
     queue_seconds: float
     inference_seconds: float
@@ -209,7 +238,7 @@ REQUESTS: tuple[type[BaseModel], ...] = (OpenStream, PatchStream)
 
 def stream_info(tenant: Tenant, stream: Stream) -> dict[str, Any]:
     """:class:`StreamInfo` as a dict."""
-    signals = tenant.signals(stream)
+    monitor = tenant.monitor
     return {
         "id": stream.id,
         "model": stream.model,
@@ -224,9 +253,20 @@ def stream_info(tenant: Tenant, stream: Stream) -> dict[str, Any]:
         "last_seen": stream.last_seen or None,
         "tier": tenant.tier(stream),
         "state_bytes": tenant.state_bytes(stream),
-        "drift": signals.get(DRIFT),
-        "signals": signals,
+        "failures": stream.failures,
+        "drift": monitor.drift(stream),
+        "verdict": monitor.verdict(stream),
+        "agreement": monitor.agreement(stream),
     }
+
+
+def stream_detail(tenant: Tenant, stream: Stream) -> dict[str, Any]:
+    """:class:`StreamDetail` as a dict."""
+    signals = {
+        name: {**reading._asdict(), "text": SIGNALS[name].text if name in SIGNALS else None}
+        for name, reading in tenant.signals(stream).items()
+    }
+    return {**stream_info(tenant, stream), "signals": signals, "missing": tenant.missing(stream)}
 
 
 def prediction(
@@ -247,7 +287,10 @@ def prediction(
         "labels": [labels[index] for index in classes.tolist()],
         "confidence": answer.confidence.numpy(),
         "entropy": answer.entropy.numpy(),
+        "entropy_ratio": answer.entropy.numpy() / math.log(max(logits.shape[1], 2)),
+        "margin": answer.margin.numpy(),
         "drift": answer.drift,
+        "verdict": answer.verdict,
         "agreement": answer.agreement,
         "queue_seconds": answer.queue_seconds,
         "inference_seconds": answer.inference_seconds,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, WithJsonSchema
 
+from tta_server.drift.monitor import Verdict
 from tta_server.http.schemas import Bounded
 
 
@@ -172,7 +173,10 @@ class InferReport(BaseModel):
     adapted: bool = Field(description="Whether the adapted model answered.")
     policy: str = Field(description="What answered.")
     confidence: float | None = Field(description="Mean over the rows of the largest probability, not calibrated.")
+    entropy_ratio: float | None = Field(description="Mean over the rows of the entropy over ln(classes).")
+    margin: float | None = Field(description="Mean over the rows of the largest less the second largest probability.")
     drift: float | None = Field(default=None, description="The stream's drift score before this request.")
+    verdict: Verdict | None = Field(default=None, description="The stream in words before this request.")
     agreement: float | None = Field(default=None, description="Share of sampled rows with the source model's class.")
     shed: bool | None = Field(default=None, description="The server was too busy to adapt to this request.")
     replayed: bool | None = Field(default=None, description="This is the stored answer to a repeated request number.")

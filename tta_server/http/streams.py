@@ -18,9 +18,10 @@ from tta_server.http.schemas import (
     PatchedStream,
     PatchStream,
     Prediction,
-    StreamInfo,
+    StreamDetail,
     StreamList,
     prediction,
+    stream_detail,
     stream_info,
 )
 from tta_server.http.wire import (
@@ -80,8 +81,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.put(
         "/{id}",
-        response_model=StreamInfo,
-        responses={201: {"model": StreamInfo, "description": "Created"}},
+        response_model=StreamDetail,
+        responses={201: {"model": StreamDetail, "description": "Created"}},
         openapi_extra=json_body(OpenStream, required=False),
     )
     @needs(Right.STREAMS)
@@ -90,7 +91,7 @@ def router(service: Service) -> APIRouter:
         asked = OpenStream.model_validate(await json_of(request))
         tenant = tenant_of(request)
         stream, created = tenant.open(id, asked.model, asked.policy, asked.settings, asked.adapt)
-        return json_response(stream_info(tenant, stream), 201 if created else 200)
+        return json_response(stream_detail(tenant, stream), 201 if created else 200)
 
     @routes.get("", response_model=StreamList)
     @needs(Right.STREAMS)
@@ -111,12 +112,12 @@ def router(service: Service) -> APIRouter:
         following = None if more is None else str(more)
         return json_response({"streams": [stream_info(tenant, one) for one in streams], "next": following})
 
-    @routes.get("/{id}", response_model=StreamInfo)
+    @routes.get("/{id}", response_model=StreamDetail)
     @needs(Right.STREAMS)
     async def get_stream(id: str, request: Request) -> Response:
         """One stream."""
         tenant = tenant_of(request)
-        return json_response(stream_info(tenant, tenant.stream(id)))
+        return json_response(stream_detail(tenant, tenant.stream(id)))
 
     @routes.patch("/{id}", response_model=PatchedStream, openapi_extra=json_body(PatchStream))
     @needs(Right.STREAMS)
@@ -125,14 +126,14 @@ def router(service: Service) -> APIRouter:
         asked = PatchStream.model_validate(await json_of(request))
         tenant = tenant_of(request)
         stream, kept = await tenant.update(id, asked.adapt, asked.policy, asked.settings)
-        return json_response({**stream_info(tenant, stream), "state_kept": kept})
+        return json_response({**stream_detail(tenant, stream), "state_kept": kept})
 
-    @routes.post("/{id}/reset", response_model=StreamInfo)
+    @routes.post("/{id}/reset", response_model=StreamDetail)
     @needs(Right.STREAMS)
     async def reset_stream(id: str, request: Request) -> Response:
         """Takes the stream back to the source, after the requests that came before."""
         tenant = tenant_of(request)
-        return json_response(stream_info(tenant, await tenant.reset(id)))
+        return json_response(stream_detail(tenant, await tenant.reset(id)))
 
     @routes.delete("/{id}", status_code=204)
     @needs(Right.STREAMS)
@@ -185,7 +186,16 @@ def router(service: Service) -> APIRouter:
         call.decode_seconds = time.monotonic() - started
         answer, replayed = await unless_gone(
             request,
-            tenant.predict(stream.model, x, stream=id, number=seq, adapt=adapt, timeout=timeout, priority=priority),
+            tenant.predict(
+                stream.model,
+                x,
+                stream=id,
+                number=seq,
+                adapt=adapt,
+                timeout=timeout,
+                priority=priority,
+                origin=call.origin,
+            ),
         )
         chosen = output or ("probabilities" if top_k is None else "none")
 

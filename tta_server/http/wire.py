@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +29,9 @@ INLINE = 64 * 2**10
 
 LARGEST = 2**64 - 1
 """Of the whole numbers that ids and request numbers can be; JSON parsers know no larger ones."""
+
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+"""Printable ASCII without spaces."""
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 """OpenAPI for bytes."""
@@ -55,6 +60,14 @@ def refuse_unknown(what: str, given: Iterable[str], known: Collection[str]) -> N
     for name in given:
         if name not in known:
             raise BadInput(f"no {what} {name[:50]!r}; there are: {', '.join(known)}")
+
+
+def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The id that the client gave a request in ``X-Request-ID``, or a new one where there is none that will do."""
+    for name, value in headers:
+        if name == b"x-request-id":
+            return value.decode() if _REQUEST_ID.fullmatch(value) else uuid.uuid4().hex
+    return uuid.uuid4().hex
 
 
 def begin_call(request: Request, model: str) -> Call:

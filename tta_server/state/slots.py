@@ -27,6 +27,10 @@ class Layout:
                 shape = tuple(value.shape[1:])
                 self._fields.setdefault(value.dtype, []).append((is_weight, key, shape, math.prod(shape)))
         self.width = {dtype: sum(size for *_, size in fields) for dtype, fields in self._fields.items()}
+        self.weights = {
+            dtype: sum(size for is_weight, *_, size in fields if is_weight) for dtype, fields in self._fields.items()
+        }
+        """How much of a row, from its start, is weights and not memory, by dtype."""
 
     @property
     def bytes(self) -> int:

@@ -7,14 +7,16 @@ step has no state of its own: it starts from its lane's initial one. A durable t
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from adapters.base import State
-from tta_server.state.slots import HostRows, Layout, SlotPool
+from tta_server.state.slots import HostRows, Layout, Packed, SlotPool
 from tta_server.types import Lane, Stream
 
 
@@ -25,6 +27,19 @@ class Lease:
     lane: Lane
     streams: list[Stream]
     slots: list[int]
+    packed: Packed
+    """The states as they were at the start, ``[S, width]``."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What became of a step's states. ``kept``: whose were; ``update`` and ``distance``, NaN for the others and for
+    states without weights: the norms of a step's change of the weights, and of all change since the initial state, over
+    that of the initial ones."""
+
+    kept: list[bool]
+    update: list[float]
+    distance: list[float]
 
 
 class _LaneStates:
@@ -90,24 +105,24 @@ class StateStore:
         states.leased.update(streams)
         try:
             slots = [self._resident_slot(states, stream) for stream in streams]
-            state = states.layout.unpack(states.pool.gather(slots))
+            packed = states.pool.gather(slots)
+            state = states.layout.unpack(packed)
         except BaseException:
             states.leased.difference_update(streams)
             raise
-        return Lease(lane, list(streams), slots), state
+        return Lease(lane, list(streams), slots, packed), state
 
     def part(self, lease: Lease, index: int) -> tuple[Lease, State]:
         """One stream's part of a lease, and a copy of its state, ``S = 1``. Ends with the whole lease."""
         slots = lease.slots[index : index + 1]
         states = self._lanes[lease.lane]
-        return Lease(lease.lane, lease.streams[index : index + 1], slots), states.layout.unpack(
-            states.pool.gather(slots)
-        )
+        packed = states.pool.gather(slots)
+        return Lease(lease.lane, lease.streams[index : index + 1], slots, packed), states.layout.unpack(packed)
 
-    def commit(self, lease: Lease, new: State, allowed: Sequence[bool]) -> list[bool]:
+    def commit(self, lease: Lease, new: State, allowed: Sequence[bool]) -> Commit:
         """Keeps the new states ``[S, ...]`` that are ``allowed`` and finite throughout, each as the next version.
 
-        The others stay as they were, bit for bit. Returns who was kept. Raises ``ValueError`` for a state of another
+        The others stay as they were, bit for bit. Raises ``ValueError`` for a state of another
         layout, with nothing changed.
         """
         states = self._lanes[lease.lane]
@@ -123,7 +138,15 @@ class StateStore:
             for index in accepted:
                 lease.streams[index].version += 1
             states.fresh.difference_update(lease.streams[index] for index in accepted)
-        return kept
+        nothing = [math.nan] * len(kept)
+        update, distance = nothing, nothing
+        if any(states.layout.weights.values()):
+            size = _norm(states, {dtype: rows.unsqueeze(0) for dtype, rows in states.initial.items()}, None)
+            update, distance = (
+                [value if keep else math.nan for value, keep in zip((norm / size).tolist(), kept, strict=True)]
+                for norm in (_norm(states, packed, lease.packed), _norm(states, packed, states.initial))
+            )
+        return Commit(kept, update, distance)
 
     def release(self, lease: Lease) -> None:
         """Ends a lease."""
@@ -262,3 +285,15 @@ class StateStore:
 
     def _new_pool(self, layout: Layout) -> SlotPool:
         return SlotPool(layout, self._slots, self._device)
+
+
+def _norm(states: _LaneStates, rows: Packed, other: Packed | None) -> Tensor:
+    """Of the weights in ``rows [S, width]``, or of their difference to the ``other``'s -> ``[S]``."""
+    squares = []
+    for dtype, width in states.layout.weights.items():
+        if width and dtype.is_floating_point:
+            own = rows[dtype][:, :width]
+            if other is not None:
+                own = own - other[dtype][..., :width]
+            squares.append(torch.linalg.vector_norm(own, dim=1).double().square())
+    return torch.stack(squares).sum(0).sqrt()

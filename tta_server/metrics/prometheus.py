@@ -1,18 +1,16 @@
-"""Counts and distributions for Prometheus. Nothing else in the project knows the metrics library.
+"""Counts and distributions for Prometheus, in a registry of their own.
 
-Label values are bounded: models, policies, routes and results, never a stream. Every metric's help text says what it is
-and in which unit.
+Label values are bounded: models, policies, routes, results, and of streams only the watched ones (``scrape.py``). Every
+metric's help text says what it is and in which unit; ``docs/metrics.md`` says more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from prometheus_client import (
     CollectorRegistry,
@@ -24,65 +22,27 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tta_server import __version__
-from tta_server.types import AGREEMENT, DRIFT, Call, StepStats
+from tta_server.drift.monitor import Monitor
+from tta_server.drift.signals import AGREEMENT, DISTANCE
+from tta_server.metrics.scrape import RATIO, Levels, LevelsCollector, StreamsCollector, WatchedCollector, Watchlist
+from tta_server.types import Call, Event, StepStats, Stream
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-RATIO = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-DISTANCE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-
-
-class Recorder(Protocol):
-    """What the rest of the server tells about itself."""
-
-    def step(self, stats: StepStats) -> None:
-        """An engine step is over."""
-
-    def request(self, call: Call) -> None:
-        """An HTTP request was answered."""
-
-
-class Recorders:
-    """Tells several recorders."""
-
-    def __init__(self, *recorders: Recorder) -> None:
-        self._recorders = recorders
-
-    def step(self, stats: StepStats) -> None:
-        """See :class:`Recorder`."""
-        for recorder in self._recorders:
-            recorder.step(stats)
-
-    def request(self, call: Call) -> None:
-        """See :class:`Recorder`."""
-        for recorder in self._recorders:
-            recorder.request(call)
-
-
-@dataclass(frozen=True)
-class Levels:
-    """What is read when Prometheus asks."""
-
-    waiting: int
-    streams: dict[tuple[str, str, bool], int]
-    """Open streams by model, policy and whether adaptation is on."""
-    states: dict[str, tuple[int, int]]
-    """Streams with a state and their bytes, by tier."""
-    evictions: int
-    digests: dict[str, str]
-    """Source digest by model."""
+DISTANCES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+NORMS = (*(factor * 10.0**power for power in range(-6, 0) for factor in (1, 2, 5)), 1.0)
 
 
 class PrometheusRecorder:
-    """Keeps the metrics in a registry of its own."""
+    """Keeps the metrics."""
 
-    def __init__(self, levels: Callable[[], Levels]) -> None:
+    def __init__(self, levels: Callable[[], Levels], monitor: Monitor, watchlist: Watchlist) -> None:
         """``levels`` is called at every scrape."""
         disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for every one, which nothing here reads
+        self._levels, self._monitor = levels, monitor
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
@@ -95,6 +55,11 @@ class PrometheusRecorder:
         def histogram(name: str, text: str, labels: list[str], buckets: Sequence[float]) -> Histogram:
             return Histogram(name, text, model + labels, buckets=buckets, registry=self._registry)
 
+        def by_row(name: str, text: str, bounds: Sequence[float]) -> RowHistogram:
+            made = RowHistogram(name, text, bounds)
+            self._registry.register(made)
+            return made
+
         self._requests = counter("tta_requests", "HTTP requests answered, by route and status code.", ["route", "code"])
         self._request_seconds = histogram(
             "tta_request_duration_seconds", "From the request's arrival to its last byte.", ["route"], SECONDS
@@ -105,7 +70,7 @@ class PrometheusRecorder:
         self._compute_seconds = histogram(
             "tta_compute_duration_seconds",
             "An engine step's phases: forward up to the answers; adapt (loss, backward, optimiser, commit); "
-            "source_shadow (the frozen model on sampled requests).",
+            "source_shadow (the frozen model on sampled requests); monitor (signals and detectors).",
             ["phase"],
             SECONDS,
         )
@@ -117,28 +82,49 @@ class PrometheusRecorder:
             "failed (an error after the answer, nothing kept); shed (under pressure, not taken).",
             ["policy", "result"],
         )
-        self._confidence = RowHistogram(
+        self._samples = counter(
+            "tta_adaptation_samples",
+            "Samples that a policy which chooses among them adapted to (selected) or not (left_out).",
+            ["policy", "decision"],
+        )
+        self._confidence = by_row(
             "tta_prediction_confidence_ratio", "Largest served probability of a sample, not calibrated.", RATIO
         )
-        self._entropy = RowHistogram(
+        self._entropy = by_row(
             "tta_prediction_entropy_ratio", "Entropy of a sample's served probabilities over ln(classes).", RATIO
         )
-        self._registry.register(self._confidence)
-        self._registry.register(self._entropy)
-        self._distance = histogram(
+        self._margin = by_row(
+            "tta_prediction_margin_ratio", "A sample's largest less its second largest served probability.", RATIO
+        )
+        self._distance = by_row(
             "tta_bn_statistics_distance_ratio",
             "Of sampled requests: normalised squared 2-Wasserstein distance of the batch's statistics at the source's "
             "batch-norm layers to the stored ones, mean over channels and layers; 0 is source data in large batches.",
-            [],
-            DISTANCE,
+            DISTANCES,
         )
-        self._agreement = histogram(
+        self._agreement = by_row(
             "tta_source_agreement_ratio",
             "Of sampled requests: share of samples whose served class is the source model's.",
-            [],
             RATIO,
         )
-        self._registry.register(_LevelsCollector(levels))
+        self._update_norm = by_row(
+            "tta_adaptation_update_norm_ratio",
+            "Norm of an applied step's change of a stream's adapted weights over the norm of the source's.",
+            NORMS,
+        )
+        self._detections = counter(
+            "tta_drift_detections",
+            "Alarms of the monitor: departure (from clean data), change (against the stream's own past); by signal.",
+            ["signal", "kind"],
+        )
+        self._events = counter("tta_stream_events", "What happened to streams, see /v1/events.", ["kind"])
+        self._errors = counter("tta_monitor_errors", "Engine steps that could not be measured; see the log.", [])
+        for collector in (
+            LevelsCollector(levels),
+            StreamsCollector(levels, monitor),
+            WatchedCollector(lambda: watchlist.choose(levels().streams, monitor), monitor),
+        ):
+            self._registry.register(collector)
 
     def step(self, stats: StepStats) -> None:
         """See :class:`Recorder`."""
@@ -147,9 +133,12 @@ class PrometheusRecorder:
             ("forward", stats.forward_seconds),
             ("adapt", stats.adapt_seconds),
             ("source_shadow", stats.shadow_seconds),
+            ("monitor", stats.monitor_seconds),
         ):
             if seconds:
                 self._compute_seconds.labels(model, phase).observe(seconds)
+        if stats.monitor_failed:
+            self._errors.labels(model).inc()
         if not stats.jobs:
             return
         rows = sum(job.rows for job in stats.jobs)
@@ -157,24 +146,47 @@ class PrometheusRecorder:
         self._predictions.labels(model, policy).inc(rows)
         self._confidence.observe(model, np.concatenate([job.confidence.numpy() for job in stats.jobs]))
         entropy = np.concatenate([job.entropy.numpy() for job in stats.jobs])
-        self._entropy.observe(model, entropy / math.log(stats.classes))
+        self._entropy.observe(model, entropy / math.log(max(stats.classes, 2)))
+        self._margin.observe(model, np.concatenate([job.margin.numpy() for job in stats.jobs]))
+        for family, signal in (
+            (self._distance, DISTANCE),
+            (self._agreement, AGREEMENT),
+            (self._update_norm, "update_norm"),
+        ):
+            values = [job.signals[signal] for job in stats.jobs if signal in job.signals]
+            if values:
+                family.observe(model, np.array(values))
         for job in stats.jobs:
             self._queue_seconds.labels(model).observe(job.queue_seconds)
             if job.result != "none":
                 self._steps.labels(model, policy, job.result).inc()
-            if DRIFT in job.signals:
-                self._distance.labels(model).observe(job.signals[DRIFT])
-            if AGREEMENT in job.signals:
-                self._agreement.labels(model).observe(job.signals[AGREEMENT])
+            if "selected" in job.signals:
+                selected = round(job.signals["selected"] * job.rows)
+                self._samples.labels(model, policy, "selected").inc(selected)
+                self._samples.labels(model, policy, "left_out").inc(job.rows - selected)
 
     def request(self, call: Call) -> None:
         """See :class:`Recorder`."""
         self._requests.labels(call.model, call.route, call.code).inc()
-        self._request_seconds.labels(call.model, call.route).observe(call.seconds)
+        if not call.endless:
+            self._request_seconds.labels(call.model, call.route).observe(call.seconds)
+
+    def event(self, event: Event) -> None:
+        """See :class:`Recorder`."""
+        self._events.labels(event.stream.model, event.kind).inc()
+        if event.kind in ("departure", "change"):
+            self._detections.labels(event.stream.model, event.fields["signal"], event.kind).inc()
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def render_streams(self, wanted: Callable[[Stream], bool], most: int) -> bytes:
+        """The families of single streams, of up to ``most`` that are ``wanted``, for a scrape of their own."""
+        registry = CollectorRegistry()
+        chosen = [stream for stream in self._levels().streams if wanted(stream)]
+        registry.register(WatchedCollector(lambda: chosen[:most], self._monitor))
+        return generate_latest(registry)
 
 
 class RowHistogram(Collector):
@@ -199,40 +211,3 @@ class RowHistogram(Collector):
             buckets = list(zip(self._labels, counts.cumsum().astype(float).tolist(), strict=True))
             family.add_metric([model], buckets, total)
         yield family
-
-
-class _LevelsCollector(Collector):
-    """Values that are read, not counted: asked for at every scrape."""
-
-    def __init__(self, levels: Callable[[], Levels]) -> None:
-        self._levels = levels
-
-    def describe(self) -> Iterable[Metric]:
-        return []
-
-    def collect(self) -> Iterable[Metric]:
-        levels = self._levels()
-        yield GaugeMetricFamily("tta_requests_waiting", "Requests in the queues.", value=levels.waiting)
-        streams = GaugeMetricFamily(
-            "tta_streams", "Open streams, by policy and whether adaptation is on.",
-            labels=["model_name", "policy", "adapt"],
-        )  # fmt: skip
-        for (model, policy, adapt), count in levels.streams.items():
-            streams.add_metric([model, policy, str(adapt).lower()], count)
-        yield streams
-        held = GaugeMetricFamily("tta_stream_states", "Streams with a state of their own, by tier.", labels=["tier"])
-        size = GaugeMetricFamily("tta_stream_state_bytes", "Bytes of stream states, by tier.", labels=["tier"])
-        for tier, (count, total) in levels.states.items():
-            held.add_metric([tier], count)
-            size.add_metric([tier], total)
-        yield from (held, size)
-        yield CounterMetricFamily(
-            "tta_stream_evictions", "Stream states moved from the device to host memory.", value=levels.evictions
-        )
-        info = GaugeMetricFamily("tta_model_info", "1 for each model.", labels=["model_name", "digest"])
-        for model, digest in levels.digests.items():
-            info.add_metric([model, digest], 1)
-        yield info
-        build = GaugeMetricFamily("tta_build_info", "1 for the versions that run.", labels=["version", "torch"])
-        build.add_metric([__version__, torch.__version__], 1)
-        yield build
