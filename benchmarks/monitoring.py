@@ -46,7 +46,7 @@ from tta_server.settings import LimitSettings, MonitorSettings, load_settings
 from tta_server.state.store import StateStore
 from tta_server.types import Answer, Job, Lane, Stream
 
-CASES = ((1, 1), (1, 16), (1, 64), (1, 200), (16, 1), (64, 1), (8, 16))
+CASES = ((1, 1), (1, 64), (1, 200), (64, 1), (8, 16))
 """Streams and rows per request."""
 POLICIES: tuple[Policy, ...] = (Tent(lr=1e-3), NormPolicy(), SourcePolicy())
 

@@ -21,7 +21,7 @@ _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color
 
 _origin: ContextVar[Origin] = ContextVar("origin", default=NOWHERE)
 
-EVENTS = {
+LINES = {
     "opened": (logging.DEBUG, "stream opened"),
     "closed": (logging.DEBUG, "stream closed"),
     "changed": (logging.DEBUG, "stream has other settings"),
@@ -58,7 +58,7 @@ class EventLogger:
 
     def event(self, event: Event) -> None:
         """See :class:`tta_server.metrics.Recorder`."""
-        level, message = EVENTS[event.kind]
+        level, message = LINES[event.kind]
         if _streams.isEnabledFor(level):
             stream = event.stream
             fields = {"event": event.kind, "stream": stream.id, "tenant": stream.tenant, "model": stream.model}

@@ -172,13 +172,17 @@ class JobStats:
     origin: Origin = NOWHERE
 
 
+EVENTS = ("opened", "closed", "changed", "reset", "departure", "change", "rejected", "failed")
+"""Kinds: ``changed`` is of toggle, settings or policy, ``departure`` and ``change`` are alarms of the monitor,
+``rejected`` and ``failed`` steps that were not kept."""
+
+
 @dataclass(frozen=True)
 class Event:
     """Something that happened to a stream and that somebody may want to know of."""
 
     kind: str
-    """``opened``, ``closed``, ``changed`` (toggle, settings or policy), ``reset``, ``departure`` and ``change`` (alarms
-    of the monitor), ``rejected`` and ``failed`` (a step that was not kept)."""
+    """One of ``EVENTS``."""
     stream: Stream
     fields: dict[str, Any] = field(default_factory=dict)
     """More to say: values for JSON."""

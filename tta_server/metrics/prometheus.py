@@ -6,7 +6,9 @@ metric's help text says what it is and in which unit; ``docs/metrics.md`` says m
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter as Counted
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,14 +27,15 @@ from prometheus_client import (
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tta_server.drift.monitor import Monitor
+from tta_server.drift.monitor import WATCHED, Monitor
 from tta_server.drift.signals import AGREEMENT, DISTANCE
 from tta_server.metrics.scrape import RATIO, Levels, LevelsCollector, StreamsCollector, WatchedCollector, Watchlist
-from tta_server.types import Call, Event, StepStats, Stream
+from tta_server.types import EVENTS, Call, Event, StepStats, Stream
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 DISTANCES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+RESULTS = ("applied", "rejected_nonfinite", "failed", "shed")
 NORMS = (*(factor * 10.0**power for power in range(-6, 0) for factor in (1, 2, 5)), 1.0)
 
 
@@ -156,10 +159,12 @@ class PrometheusRecorder:
             values = [job.signals[signal] for job in stats.jobs if signal in job.signals]
             if values:
                 family.observe(model, np.array(values))
+        results = Counted(job.result for job in stats.jobs)
+        if not results["none"]:
+            for result in RESULTS:  # all start at 0, see _begin
+                self._steps.labels(model, policy, result).inc(results[result])
         for job in stats.jobs:
             self._queue_seconds.labels(model).observe(job.queue_seconds)
-            if job.result != "none":
-                self._steps.labels(model, policy, job.result).inc()
             if "selected" in job.signals:
                 selected = round(job.signals["selected"] * job.rows)
                 self._samples.labels(model, policy, "selected").inc(selected)
@@ -179,7 +184,17 @@ class PrometheusRecorder:
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
+        for model in self._levels().digests:
+            self._begin(model)
         return generate_latest(self._registry)
+
+    def _begin(self, model: str) -> None:
+        """Lets a model's counters start at 0: Prometheus does not see how a counter came by its first value."""
+        self._errors.labels(model)
+        for kind in EVENTS:
+            self._events.labels(model, kind)
+        for signal, kind in itertools.product(WATCHED, ("departure", "change")):
+            self._detections.labels(model, signal, kind)
 
     def render_streams(self, wanted: Callable[[Stream], bool], most: int) -> bytes:
         """The families of single streams, of up to ``most`` that are ``wanted``, for a scrape of their own."""
