@@ -312,7 +312,7 @@ async def test_any_order_of_operations_leaves_nothing_behind(
                 await check_reset_is_a_new_stream(bench, name, stream)
                 await tenant.close(stream.id)
         assert bench.device.store.counts() == {"device": (0, 0), "host": (0, 0)}
-        assert len(bench.device.engine.monitor) == 0
+        assert bench.device.engine.monitor._rows == {}
         del outcomes
         hands.tasks.clear()
         gc.collect()

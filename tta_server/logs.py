@@ -44,6 +44,11 @@ def about(origin: Origin) -> Iterator[None]:
         _origin.reset(token)
 
 
+def current() -> Origin:
+    """The request that is dealt with here."""
+    return _origin.get()
+
+
 class EventLogger:
     """A recorder that writes what happens to streams, and, at the level DEBUG, every request."""
 
@@ -108,6 +113,8 @@ def configure(format: str = "text", level: str = "INFO") -> None:
                 "tta_server": {"level": level},
                 # It warns of every malformed form: clients could fill the log.
                 "python_multipart": {"level": "ERROR"},
+                # It warns of every batch that a collector does not take.
+                "opentelemetry": {"level": "ERROR"},
             },
         }
     )

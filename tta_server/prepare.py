@@ -31,7 +31,7 @@ from adapters.images import ImageStore
 from adapters.rmt import Rmt, as_artefact, warm_up
 from tta_server.data import SourceImages, load_source_images, to_inputs
 from tta_server.drift.reference import GROUP as MONITORING
-from tta_server.drift.reference import CleanRows, make_reference
+from tta_server.drift.reference import LEAST_ROWS, CleanRows, make_reference
 from tta_server.drift.signals import LayerStatistics
 from tta_server.engine.artefacts import Artefacts, load_artefacts
 from tta_server.engine.norm import Pass
@@ -232,6 +232,9 @@ def _monitoring(source: _Source) -> Work:
         parts.append((output.logits.float().cpu().numpy(), output.features.float().cpu().numpy(), means, variances))
         yield None
     rows = CleanRows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    for what, column in (("scores", rows.logits), ("features", rows.features), ("batch-norm inputs", rows.vars)):
+        if not np.isfinite(column).all():
+            raise ConfigError(f"the model's {what} for some of the clean images are not finite; are these sound?")
     made = make_reference(rows, layers, source.options.seed).tensors()
     yield {name: torch.from_numpy(np.asarray(value)) for name, value in made.items()}
 
@@ -346,7 +349,7 @@ def prepare(options: PrepareOptions, console: Console) -> Artefacts:
     data = load_source_images(options.data, model.settings.input, model.classes, options.images, options.seed)
     artefacts = load_artefacts(path, model.digest, torch.device("cpu"))
     source = _Source(model, data, options, path.with_name(f"{path.name}.unfinished"))
-    for group in _wanted(options, data, artefacts, console):
+    for group in _wanted(options, model, data, artefacts, console):
         tensors = _make(group, source, console)
         how = source.made_from() | {
             "images": min(GROUPS[group].rows(options, len(data)), len(data)),
@@ -361,16 +364,29 @@ def prepare(options: PrepareOptions, console: Console) -> Artefacts:
     return artefacts
 
 
-def _wanted(options: PrepareOptions, data: SourceImages, artefacts: Artefacts, console: Console) -> list[str]:
-    """The groups to make now, in order. Raises ``ConfigError`` for one that was asked for and needs labels."""
+def _why_not(name: str, model: SourceModel, data: SourceImages) -> str:
+    """Why a group cannot be made; empty where it can."""
+    if GROUPS[name].needs_labels and not data.has_labels:
+        return f"needs labels, and the images of {data.name} have none"
+    if name == MONITORING and len(data) < LEAST_ROWS:
+        return f"needs at least {LEAST_ROWS} clean images, and there are {len(data)} in {data.name}"
+    if name == MONITORING and model.network.mixes_rows:
+        return "needs scores that do not depend on the request, and this model has batch norms without statistics"
+    return ""
+
+
+def _wanted(
+    options: PrepareOptions, model: SourceModel, data: SourceImages, artefacts: Artefacts, console: Console
+) -> list[str]:
+    """The groups to make now, in order. Raises ``ConfigError`` for one that was asked for and cannot be made."""
     wanted = []
     for name, group in GROUPS.items():
         if name not in options.only and (options.only or group.on_request):
             continue
-        if group.needs_labels and not data.has_labels:
+        if reason := _why_not(name, model, data):
             if options.only:
-                raise ConfigError(f"{name} needs labels, and the images of {data.name} have none")
-            console.print(f"[yellow]{name}: left out, as the images of {data.name} have no labels[/yellow]")
+                raise ConfigError(f"{name} {reason}")
+            console.print(f"[yellow]{name}: left out, as it {reason}[/yellow]")
         elif name in artefacts.made and not options.force:
             console.print(f"{name}: there already (--force makes it anew)")
         else:

@@ -23,7 +23,7 @@ _part = reprlib.Repr()
 """Shows a part of what may be large."""
 _part.maxstring = _part.maxother = 80
 
-_SECRET = {"auth", "tokens", "token", "key_password"}
+_SECRET = {"auth", "tokens", "token", "key_password", "endpoint"}
 """Places in a config whose values are in no message."""
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -132,6 +132,8 @@ class LimitSettings(_Settings):
     """How long a connection may stay open between two requests."""
     connections: Positive = 2000
     """Most open connections; another one is answered 503 and closed."""
+    followers: Positive = 100
+    """Most clients that follow events or the live page."""
     rows_per_request: Positive = 1024
     """Most samples in one request."""
     batch_rows: Positive = 64
@@ -176,14 +178,14 @@ class MonitorSettings(_Settings):
     frozen_ratio: float = Field(default=0.05, ge=0, le=1)
     """Of the requests that the source model answers itself, the share whose batch-norm statistics are measured by one
     more pass. All else is measured of each of them, as it costs no pass."""
-    half_life: float = Field(default=20.0, gt=0)
+    half_life: float = Field(default=20.0, gt=0, le=1e6)
     """Of the moving averages per stream, in measured requests."""
     worst: int = Field(default=20, ge=0, le=200)
     """So many streams, those with the highest drift scores, have series of their own in ``/metrics``."""
     watched: tuple[Annotated[str, Field(max_length=256)], ...] = ()
     """Streams that always have: ids, or patterns with ``*`` and ``?``. No more than 200 in all have."""
     events: Positive = 1000
-    """Newest events kept for ``/v1/events``."""
+    """Newest events kept of each tenant for ``/v1/events``."""
 
 
 class Right(StrEnum):

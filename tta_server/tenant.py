@@ -28,6 +28,7 @@ from tta_server.engine.report import STEP_FAILS
 from tta_server.engine.source import SourceModel
 from tta_server.engine.threads import in_passing
 from tta_server.errors import BadInput, Conflict, QueueFull, UnknownName
+from tta_server.logs import current
 from tta_server.policies import make_policy, settings_of, starting_settings
 from tta_server.repository import Repository
 from tta_server.settings import NAME, Settings, TenantSettings, type_and_line
@@ -170,15 +171,19 @@ class Tenant:
 
     def missing(self, stream: Stream) -> dict[str, str]:
         """Signals that the stream does not have, and how to get them."""
-        source = self._backend.repository.loaded().get(stream.model)
+        source, settings = self._backend.repository.loaded().get(stream.model), self._backend.settings.monitor
+        if not settings.enabled:
+            return {"all": "monitor.enabled is false in the config"}
         missing = {}
+        if not settings.shadow_ratio and not stream.policy.plain:
+            missing["source path"] = "monitor.shadow_ratio is 0 in the config"
         if source is not None and source.reference is None:
             command = f"tta-server prepare CONFIG --data CLEAN_IMAGES --only {MONITORING}"
             for name in (DRIFT, "label_divergence", "label_psi"):
                 missing[name] = f"needs to know what clean data look like; run: {command}"
             missing["z"] = f"so do z-scores, bands and the verdicts 'near source' and 'drifted'; run: {command}"
-        if source is not None and not any(layer.startswith("BatchNorm") for layer in source.norm_layers):
-            missing[DISTANCE] = "the model has no batch norms"
+        if source is not None and not source.network.keeps_statistics:
+            missing[DISTANCE] = "the model has no batch norms that keep statistics"
         return missing
 
     def state_bytes(self, stream: Stream) -> int:
@@ -445,7 +450,7 @@ class Tenant:
             self._tell("changed", stream, adapt=adapt)
 
     def _tell(self, kind: str, stream: Stream, **fields: Any) -> None:
-        self._backend.tell(Event(kind, stream, fields))
+        self._backend.tell(Event(kind, stream, fields, current()))
 
     def _drop(self, stream: Stream) -> asyncio.Future[None]:
         lane, engine = stream.lane, self._backend.engine

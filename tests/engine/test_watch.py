@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adapters import Policy
+from adapters.base import Batch, Source, State, Step
 from adapters.lame import Lame
 from adapters.norm import NormPolicy
 from adapters.source import SourcePolicy
@@ -123,10 +125,11 @@ def test_a_stream_is_measured_alike_in_company(digits: SourceModel, clean: Tenso
 def test_an_answer_of_the_source_does_not_speak_for_a_stream_that_adapts(digits: SourceModel, clean: Tensor) -> None:
     """Asked with ``adapt=false``, only the source path counts; switched off, what it is served is the source's."""
     engine = make_engine(digits)
-    for adapt, expected in ((True, SOURCE_PATH), (False, SOURCE_PATH | SERVED | SHARES)):
+    for adapt, expected in ((True, SOURCE_PATH), (False, SOURCE_PATH | SERVED | BOTH | SHARES)):
         stream = make_stream(digits, Tent(), str(adapt), adapt)
         step(engine, SourcePolicy(), [(stream, clean[:16])])
         assert engine.monitor.read(stream).keys() == expected
+        assert engine.monitor.agreement(stream) == (None if adapt else 1.0)
 
 
 def test_nothing_is_measured_when_that_is_off(digits: SourceModel, clean: Tensor) -> None:
@@ -196,3 +199,20 @@ def test_drift_is_found_and_told(digits: SourceModel, clean: Tensor) -> None:
     assert ("far", "change") in kinds
     assert ("near", "departure") not in kinds
     assert engine.monitor.verdict(far) == Verdict.NEAR
+
+
+def test_a_signal_of_another_shape_is_a_failed_step(
+    digits: SourceModel, clean: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before anything is committed."""
+    original = Tent.step
+
+    def odd(self: Tent, source: Source, state: State, batch: Batch) -> Generator[Tensor, None, Step]:
+        done = yield from original(self, source, state, batch)
+        return Step(done.state, {"loss": torch.tensor(1.0)})
+
+    monkeypatch.setattr(Tent, "step", odd)
+    engine, stream = make_engine(digits), make_stream(digits, Tent())
+    stats = step(engine, Tent(), [(stream, clean[:16])])
+    assert (stats.jobs[0].result, stream.version, stream.failures) == ("failed", 0, 1)
+    assert [event.kind for event in stats.events] == ["failed"]

@@ -326,3 +326,14 @@ async def test_a_token_that_is_taken_back_ends_them(
             async with following(a, path) as followed:
                 write(**change)
                 await followed.ended()
+
+
+async def test_there_are_only_so_many_followers(loaded: Loaded) -> None:
+    """Of all tenants together, whatever they follow."""
+    async with running(loaded, limits={"followers": 1}) as server:
+        async with following(server, "/v1/live") as live:
+            await live.next()
+            for path in PATHS:
+                refused = await begun(server, path)
+                assert "the limit is limits.followers = 1" in error_of(refused, 429)
+        assert (await begun(server, PATHS[0])).status_code == 200

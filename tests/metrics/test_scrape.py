@@ -11,12 +11,13 @@ from prometheus_client.samples import Sample
 
 from adapters.tent import Tent
 from tta_server.drift.monitor import Monitor
-from tta_server.drift.reference import SIZES, TABLED, Reference
+from tta_server.drift.reference import TABLED, Reference
 from tta_server.drift.signals import ClassFeatures
 from tta_server.metrics.prometheus import PrometheusRecorder
 from tta_server.metrics.scrape import MOST_WATCHED, Levels, Watchlist, matcher
 from tta_server.types import Stream
 
+SIZES = (1, 8, 64)
 NORMAL = np.zeros((len(TABLED), len(SIZES)))
 REFERENCE = Reference(
     ClassFeatures(np.zeros((4, 2)), np.ones((4, 2))), np.full(4, 0.25), np.array(SIZES), NORMAL, NORMAL + 1
@@ -62,7 +63,7 @@ def test_the_worst_and_the_named_are_watched() -> None:
     fleet = Fleet(watched=("door-*", "gate"), worst=2)
     a, b, c, door, gate, other = fleet.add("a", "b", "c", "door-1", "gate", "gate-2")
     fleet.drift({a: 1.0, b: 5.0, c: 3.0, door: 9.0, other: 0.5})
-    assert fleet.chosen() == ["door-1", "gate", "b"], "a stream counts once"
+    assert fleet.chosen() == ["door-1", "b", "gate"], "a stream counts once"
     assert matcher(["door-?"])(door)
     assert not matcher(["door-?"])(gate)
     assert not matcher([])(gate)
@@ -76,15 +77,15 @@ def test_a_stream_of_which_nothing_is_known_is_not_among_the_worst() -> None:
 
 
 def test_streams_in_the_middle_do_not_come_and_go() -> None:
-    """One that is in stays until it is beyond twice the number."""
+    """One that was among the worst stays, beside them, until it is beyond twice their number."""
     fleet = Fleet(worst=2)
     a, b, c, d, e = fleet.add(*"abcde")
     fleet.drift({a: 5.0, b: 4.0, c: 3.0, d: 2.0, e: 1.0})
     assert set(fleet.chosen()) == {"a", "b"}
     fleet.drift({c: 4.5, d: 6.0})
-    assert set(fleet.chosen()) == {"a", "b"}, "places 2 and 4 of 4"
+    assert set(fleet.chosen()) == {"d", "a", "b"}, "b is fourth of four"
     fleet.drift({e: 5.5})
-    assert set(fleet.chosen()) == {"d", "a"}, "b is fifth"
+    assert set(fleet.chosen()) == {"d", "e", "a"}, "b is fifth, c never was in"
 
 
 @pytest.mark.parametrize(("watched", "worst"), [(("*",), 0), ((), 200), (("s1*",), 200)])
@@ -144,7 +145,7 @@ def test_any_stream_can_be_scraped_by_its_name() -> None:
     fleet = Fleet(worst=0)
     streams = fleet.add("a-1", "a-2", "b-1")
     fleet.drift(dict.fromkeys(streams, 2.0))
-    text = fleet.recorder.render_streams(matcher(["a-*"]), 10).decode()
+    text = fleet.recorder.render_streams(streams[:2]).decode()
     families = list(text_string_to_metric_families(text))
     told = {sample.labels["stream"] for family in families for sample in family.samples if sample.labels}
     assert told == {"a-1", "a-2"}
@@ -153,8 +154,6 @@ def test_any_stream_can_be_scraped_by_its_name() -> None:
         "tta_stream_confidence_ratio", "tta_stream_entropy_ratio", "tta_stream_agreement_ratio",
         "tta_stream_label_divergence_ratio", "tta_stream_parameter_distance_ratio",
     }  # fmt: skip
-    few = list(text_string_to_metric_families(fleet.recorder.render_streams(matcher(["*"]), 1).decode()))
-    assert {sample.labels["stream"] for family in few for sample in family.samples if sample.labels} == {"a-1"}
 
 
 def test_a_drifted_stream_is_told() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -755,3 +756,39 @@ def test_host_memory_grows_by_few_rows_of_large_states(values: int, rows: int) -
     assert host._chunks[0][torch.float32].shape == (rows, values)
     host.free(places[1])
     assert host.put({torch.float32: torch.zeros(values)}) == places[1]
+
+
+# How far a step went
+
+
+def test_a_commit_tells_how_far_the_weights_went() -> None:
+    """From before the step, and from the initial state, over the norm of the latter; memory does not count."""
+    store, (a, b) = make_store(), (make_stream("a"), make_stream("b"))
+    size = torch.linalg.vector_norm(torch.cat([value.flatten() for value in INITIAL.weights.values()]))
+    for first, second in ((3.0, 5.0), (4.0, 5.0)):
+        lease, before = store.lease(LANE, [a, b])
+        new = join([make_state(first), make_state(second)])
+        told = store.commit(lease, new, [True, False])
+        for index, old in ((0, before), (1, before)):
+            gaps = [(new.weights[key] - old.weights[key])[index].flatten() for key in new.weights]
+            far = [(new.weights[key] - INITIAL.weights[key])[index].flatten() for key in new.weights]
+            if index == 0:
+                assert told.update[0] == pytest.approx(float(torch.linalg.vector_norm(torch.cat(gaps)) / size))
+                assert told.distance[0] == pytest.approx(float(torch.linalg.vector_norm(torch.cat(far)) / size))
+        assert math.isnan(told.update[1]), "it was not kept"
+        store.release(lease)
+
+
+def test_nothing_is_committed_when_that_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, a = make_store(), make_stream("a")
+    lease, _ = store.lease(LANE, [a])
+
+    def out_of_memory(*_: object) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("tta_server.state.store._norm", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        store.commit(lease, make_state(3.0), [True])
+    store.release(lease)
+    assert a.version == 0
+    assert_same(flat(store.export(LANE, a)), flat(INITIAL))

@@ -83,6 +83,8 @@ def run_clients(options: DemoOptions, url: str, token: str, console: Console) ->
 
     Each round starts clean again. Ends with the process; raises ``DemoFailed`` when the server fails.
     """
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url must begin with http:// or https://, got {url!r}")
     digits = _prepare(options)
     while not _is_ready(url):
         console.print(f"Waiting for {url}", highlight=False)

@@ -29,9 +29,9 @@ from tta_server.drift.reference import Reference
 from tta_server.drift.signals import AGREEMENT, DISTANCE, DRIFT, SIGNALS, Floats, Values, divergence, stability_index
 from tta_server.types import Stream
 
-SLACK, THRESHOLD = 1.0, 10.0
-"""Of the departure detectors, and of the change detectors the latter. Chosen by ``benchmarks/detectors.py``."""
-CHANGE_SLACK = 0.75
+SLACK, THRESHOLD = 0.4, 12.0
+"""Of the departure detectors, beyond what the reference allows. Chosen by ``benchmarks/detectors.py``."""
+CHANGE_SLACK, CHANGE_THRESHOLD = 0.75, 10.0
 LEARN = 10
 CHANGE_HALF_LIFE = 50.0
 LASTS = 8
@@ -94,15 +94,16 @@ class Monitor:
         self._free: list[int] = []
         self._columns = {name: column for column, name in enumerate(SIGNALS)}
         nothing: Floats = np.zeros((0, len(SIGNALS)))
+        # An average not yet measured is NaN. Readers look at these only, each of whose values changes at once.
         self._average, self._weight, self._z, self._z_weight = (nothing.copy() for _ in range(4))
         self._share = np.array([1.0 if name in LEVELS else 1 - self._keep for name in SIGNALS])
         """By signal, the weight of a new value in its average."""
         none: NDArray[np.int64] = np.zeros(0, np.int64)
         self._size, self._measured, self._since_change = none.copy(), none.copy(), none.copy()
         self._departures = {name: Departure(SLACK, THRESHOLD) for name in WATCHED}
-        self._changes = {name: Change(CHANGE_SLACK, THRESHOLD, CHANGE_HALF_LIFE, LEARN) for name in WATCHED}
-        self._labels: dict[Stream, Floats] = {}
-        """Moving shares of the served classes, ``[C]`` each."""
+        self._changes = {name: Change(CHANGE_SLACK, CHANGE_THRESHOLD, CHANGE_HALF_LIFE, LEARN) for name in WATCHED}
+        self._labels: dict[Stream, tuple[Floats, float]] = {}
+        """Moving shares of the served classes, ``[C]``, and their weight."""
         self._references: dict[Stream, Reference | None] = {}
         self._past: NDArray[Any] = np.zeros((0, len(REMEMBERED), HISTORY), np.float32)
         self._past_at, self._past_count = np.zeros(0), none.copy()
@@ -122,8 +123,10 @@ class Monitor:
         if not streams:
             return []
         rows = np.array([self._row(stream) for stream in streams])
-        for stream in streams:
-            self._references[stream] = reference
+        for stream, row in zip(streams, rows.tolist(), strict=True):
+            if self._references.setdefault(stream, reference) is not reference:
+                self._begin_again(row)
+                self._references[stream] = reference
         values = {**values, **self._update_labels(streams, shares, reference)}
         for name in values.keys() - self._columns.keys():
             self._add_column(name)
@@ -139,7 +142,7 @@ class Monitor:
             self._z[place], self._z_weight[place], scored, self._share[columns]
         )
         self._size[rows] = sizes
-        found = self._detect(streams, rows, values, zscores)
+        found = self._detect(streams, rows, sizes, values, zscores, reference)
         self._remember(rows)
         return found
 
@@ -149,27 +152,22 @@ class Monitor:
         self._labels.pop(stream, None)
         self._references.pop(stream, None)
         if row is not None:
-            self._average[row] = self._weight[row] = self._z[row] = self._z_weight[row] = 0.0
+            self._average[row], self._weight[row] = np.nan, 0.0
             self._size[row] = self._measured[row] = self._past_count[row] = 0
             self._since_change[row] = LASTS
             self._past_at[row] = -np.inf
-            for detector in self._detectors():
-                detector.clear(row)
+            self._begin_again(row)
             self._free.append(row)
 
     # Read from anywhere
-
-    def __len__(self) -> int:
-        """Streams of which something is known."""
-        return len(self._rows)
 
     def read(self, stream: Stream) -> dict[str, float]:
         """The stream's averages by signal; a signal never measured is absent."""
         row = self._rows.get(stream)
         if row is None:
             return {}
-        averages = zip(self._columns, self._average[row].tolist(), self._weight[row].tolist(), strict=False)
-        return {name: average / weight for name, average, weight in averages if weight}
+        averages = zip(list(self._columns), self._average[row].tolist(), strict=False)
+        return {name: average for name, average in averages if average == average}
 
     def readings(self, stream: Stream) -> dict[str, Reading]:
         """The same, each beside what clean data have."""
@@ -180,9 +178,8 @@ class Monitor:
         bands = reference.bands(size) if reference is not None and size else {}
         found = {}
         for name, value in self.read(stream).items():
-            weight = self._z_weight[row, self._columns[name]]
-            z = float(self._z[row, self._columns[name]] / weight) if weight else None
-            found[name] = Reading(value, z, bands.get(name))
+            z = float(self._z[row, self._columns[name]])
+            found[name] = Reading(value, z if z == z else None, bands.get(name))
         return found
 
     def drift(self, stream: Stream) -> float | None:
@@ -196,6 +193,11 @@ class Monitor:
     def verdict(self, stream: Stream) -> Verdict:
         """The stream in words."""
         return self.survey([stream]).verdicts()[0]
+
+    def points(self, stream: Stream) -> int:
+        """How many points its past has had: another number, another past."""
+        row = self._rows.get(stream)
+        return 0 if row is None else int(self._past_count[row])
 
     def past(self, stream: Stream) -> dict[str, list[float | None]]:
         """Of ``REMEMBERED``, the stream's recent past, oldest first; ``None`` where not yet measured."""
@@ -218,14 +220,12 @@ class Monitor:
         column = self._columns.get(name)
         if column is None:
             return np.full(len(rows), np.nan)
-        total, weight = (self._z, self._z_weight) if scored else (self._average, self._weight)
-        with np.errstate(invalid="ignore"):
-            averages: Floats = total[rows, column] / weight[rows, column]  # 0 / 0 is NaN
+        averages: Floats = (self._z if scored else self._average)[rows, column]
         return averages
 
     def states(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
         """Who is changing, who has departed, and of whom enough is known, in these rows."""
-        known = (self._measured[rows] >= LEAST) & (self._z_weight[rows, self._columns[DRIFT]] > 0)
+        known = (self._measured[rows] >= LEAST) & ~np.isnan(self._z[rows, self._columns[DRIFT]])
         return self._since_change[rows] < LASTS, self._departures[DRIFT].on[rows], known
 
     # How
@@ -234,9 +234,8 @@ class Monitor:
         row = self._rows.get(stream)
         if row is None:
             return None
-        column = self._columns[name]
-        total, weight = (self._z, self._z_weight) if scored else (self._average, self._weight)
-        return float(total[row, column] / weight[row, column]) if weight[row, column] else None
+        average = float((self._z if scored else self._average)[row, self._columns[name]])
+        return average if average == average else None
 
     def _update_labels(
         self, streams: Sequence[Stream], shares: Floats | None, reference: Reference | None
@@ -246,10 +245,12 @@ class Monitor:
             return {}
         moved = []
         for stream, own in zip(streams, shares, strict=True):
-            before = self._labels.get(stream)
+            average, weight = self._labels.get(stream, (own, 0.0))
             if np.isfinite(own[0]):
-                self._labels[stream] = own if before is None else self._keep * before + (1 - self._keep) * own
-            moved.append(self._labels.get(stream, own))
+                weight = self._keep * weight + 1 - self._keep
+                average = average + (1 - self._keep) / weight * (own - average)
+                self._labels[stream] = average, weight
+            moved.append(average)
         now = np.stack(moved)
         return {
             "label_divergence": divergence(now, reference.predicted),
@@ -257,19 +258,26 @@ class Monitor:
         }
 
     def _detect(
-        self, streams: Sequence[Stream], rows: NDArray[np.int64], values: Mapping[str, Floats], zscores: Values
+        self,
+        streams: Sequence[Stream],
+        rows: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        values: Mapping[str, Floats],
+        zscores: Values,
+        reference: Reference | None,
     ) -> list[Detection]:
         found = []
         for name in WATCHED:
             if name not in values:
                 continue
-            there = np.isfinite(values[name])
             # Without a reference, logarithms of the value itself will do to see a change.
-            scores = zscores.get(name, np.log(np.maximum(values[name], 1e-12)))[there]
-            own = rows[there]
+            scores = zscores.get(name, np.log(np.maximum(values[name], 1e-12)))
+            there = np.isfinite(scores)
+            scores, own = scores[there], rows[there]
             alarms = [("change", self._changes[name].update(own, scores))]
-            if name in zscores:
-                alarms.append(("departure", self._departures[name].update(own, scores)))
+            if reference is not None and name in zscores:
+                excess = scores - reference.allowance(name, sizes[there])
+                alarms.append(("departure", self._departures[name].update(own, excess)))
             if name == DRIFT or DRIFT not in values:
                 self._measured[own] += 1
                 self._since_change[own] += 1
@@ -284,15 +292,20 @@ class Monitor:
         due = rows[now - self._past_at[rows] >= HISTORY_SECONDS]
         if not len(due):
             return
-        with np.errstate(invalid="ignore"):  # 0 / 0, not measured, is NaN
-            z = self._z[due, self._columns[DRIFT]] / self._z_weight[due, self._columns[DRIFT]]
-            columns = np.array([self._columns[name] for name in (DISTANCE, *REMEMBERED[1:])])
-            averages = self._average[np.ix_(due, columns)] / self._weight[np.ix_(due, columns)]
+        z = self._z[due, self._columns[DRIFT]]
+        columns = np.array([self._columns[name] for name in (DISTANCE, *REMEMBERED[1:])])
+        averages = self._average[np.ix_(due, columns)]
         place = self._past_count[due] % HISTORY
         self._past[due, 0, place] = np.where(np.isnan(z), averages[:, 0], z)
         self._past[due, 1, place], self._past[due, 2, place] = averages[:, 1], averages[:, 2]
         self._past_at[due] = now
         self._past_count[due] += 1
+
+    def _begin_again(self, row: int) -> None:
+        """Forgets what a stream was compared with."""
+        self._z[row], self._z_weight[row] = np.nan, 0.0
+        for detector in self._detectors():
+            detector.clear(row)
 
     def _detectors(self) -> list[Detector]:
         return [*self._departures.values(), *self._changes.values()]
@@ -314,8 +327,8 @@ class Monitor:
             grown[:before] = values
             return grown
 
-        self._average, self._weight = longer(self._average), longer(self._weight)
-        self._z, self._z_weight = longer(self._z), longer(self._z_weight)
+        self._average, self._z = longer(self._average, np.nan), longer(self._z, np.nan)
+        self._weight, self._z_weight = longer(self._weight), longer(self._z_weight)
         self._size, self._measured = longer(self._size), longer(self._measured)
         self._since_change = longer(self._since_change, LASTS)
         self._past, self._past_count = longer(self._past), longer(self._past_count)
@@ -325,12 +338,12 @@ class Monitor:
         self._free = list(range(streams - 1, before - 1, -1))
 
     def _add_column(self, name: str) -> None:
-        def wider(values: Floats) -> Floats:
-            widened: Floats = np.concatenate([values, np.zeros((len(values), 1))], axis=1)
+        def wider(values: Floats, fill: float = 0.0) -> Floats:
+            widened: Floats = np.concatenate([values, np.full((len(values), 1), fill)], axis=1)
             return widened
 
-        self._average, self._weight = wider(self._average), wider(self._weight)
-        self._z, self._z_weight = wider(self._z), wider(self._z_weight)
+        self._average, self._z = wider(self._average, np.nan), wider(self._z, np.nan)
+        self._weight, self._z_weight = wider(self._weight), wider(self._z_weight)
         self._share = np.append(self._share, 1 - self._keep)
         self._columns[name] = len(self._columns)
 
@@ -357,7 +370,9 @@ class Survey:
 
 
 def _blend(average: Floats, weight: Floats, values: Floats, share: Floats) -> tuple[Floats, Floats]:
-    """Moves sums ``average [S, M]`` and their weights on by the ``values`` that are finite, each with its ``share``."""
+    """Moves averages ``[S, M]`` and their weights on by the ``values`` that are finite, each with its ``share``."""
     finite = np.isfinite(values)
-    moved = (1 - share) * average + share * np.where(finite, values, 0.0)
-    return np.where(finite, moved, average), np.where(finite, (1 - share) * weight + share, weight)
+    moved = np.where(finite, (1 - share) * weight + share, weight)
+    before = np.where(weight > 0, average, 0.0)
+    step = share * (np.where(finite, values, 0.0) - before) / np.where(finite, moved, 1.0)
+    return np.where(finite, before + step, average), moved

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +34,14 @@ from tta_server.drift.signals import (
 )
 
 GROUP = "monitoring"
-SIZES = tuple(2**power for power in range(9))
+LEAST_ROWS = 200
+"""Of clean data."""
+MOST = 1024
+"""Rows of the largest request that there is a table for, clean data permitting."""
 DRAWS = 200
 """Random requests per size."""
+TOLERATED = 0.05
+"""A stream whose distances exceed clean ones by less than this share of a single clean row's has not departed."""
 TABLED = tuple(name for name, signal in SIGNALS.items() if signal.table)
 
 
@@ -90,11 +96,28 @@ class Reference:
         """``z`` of each signal that clean data say something of, ``[S]`` each, for requests of so many rows."""
         mean, sd = self._expected(sizes)
         scored: Values = {}
-        for row, name in enumerate(TABLED):
+        for name, row in self._known.items():
             if name in values:
                 value = _scale(name, values[name])
                 scored[name] = (value - mean[row]) / sd[row]
         return scored
+
+    def allowance(self, name: str, sizes: NDArray[np.int64]) -> Floats:
+        """The z-score ``[S]`` that clean requests of so many rows would have if their distance ``name`` were larger by
+        what is ``TOLERATED``: ``ln(1 + TOLERATED e^(mean(1) - mean(B))) / sd(B)``.
+
+        The larger a request, the less noise is in its distance, and the larger the z-score of what is always there: few
+        classes, a little less light. Without an allowance for that, large requests would depart over nothing.
+        """
+        row = TABLED.index(name)
+        allowed = np.log1p(TOLERATED * np.exp(self.mean[row, 0] - self.mean[row])) / self.sd[row]
+        between: Floats = np.interp(np.log(sizes), np.log(self.sizes), allowed)
+        return between
+
+    @cached_property
+    def _known(self) -> dict[str, int]:
+        """Rows of the tables, by signal; what an older file does not know is absent."""
+        return {name: row for row, name in enumerate(TABLED) if np.isfinite(self.mean[row]).all()}
 
     def bands(self, size: int) -> dict[str, tuple[float, float]]:
         """Between which values the signals of clean requests of so many rows mostly lie: mean +- 2 sd."""
@@ -120,7 +143,7 @@ class Reference:
 
 
 def make_reference(rows: CleanRows, layers: LayerStatistics | None, seed: int) -> Reference:
-    """The reference of clean rows in random order, at least two.
+    """The reference of clean rows in random order, at least ``LEAST_ROWS``.
 
     The classes' features come from one half of the rows and the tables from the other, so that the tables contain the
     error with which the former are known. Without batch-norm ``layers`` their signals are left out.
@@ -129,8 +152,10 @@ def make_reference(rows: CleanRows, layers: LayerStatistics | None, seed: int) -
     everything = Scores(rows.logits)
     features = _class_features(rows.features[:half], everything.classes[:half], rows.logits.shape[1])
     generator = np.random.default_rng(seed)
-    mean, sd = (np.full((len(TABLED), len(SIZES)), np.nan) for _ in range(2))
-    for column, size in enumerate(SIZES):
+    # No requests larger than half of what is drawn from: they would be too much alike.
+    sizes = [2**power for power in range(11) if 2**power <= min(MOST, max(1, half // 2))]
+    mean, sd = (np.full((len(TABLED), len(sizes)), np.nan) for _ in range(2))
+    for column, size in enumerate(sizes):
         drawn = [
             _measure(rows, generator.integers(half, len(rows.logits), size), features, layers) for _ in range(DRAWS)
         ]
@@ -140,7 +165,7 @@ def make_reference(rows: CleanRows, layers: LayerStatistics | None, seed: int) -
                 # Of a single row some signals are constant: how many classes it has, say.
                 mean[row, column], sd[row, column] = values.mean(), max(values.std(ddof=1), 1e-6)
     predicted = Requests(np.array([len(rows.logits)])).shares(everything.classes, rows.logits.shape[1])[0]
-    return Reference(features, predicted, np.array(SIZES), mean, sd)
+    return Reference(features, predicted, np.array(sizes), mean, sd)
 
 
 def _measure(

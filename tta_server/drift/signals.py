@@ -162,8 +162,7 @@ def of_source(source: Scores, features: Floats, clean: ClassFeatures | None, req
         "label_skew": 1 - entropy(together) / _log_classes(together),
     }
     if clean is not None:
-        shares = requests.shares(source.classes, source.logits.shape[1])
-        measured["feature_distance"] = feature_distance(features, shares, clean, requests)
+        measured["feature_distance"] = feature_distance(features, source.classes, clean, requests)
     return measured
 
 
@@ -175,18 +174,19 @@ def of_both(served: Scores, source: Scores, requests: Requests) -> Values:
     }
 
 
-def feature_distance(features: Floats, shares: Floats, clean: ClassFeatures, requests: Requests) -> Floats:
+def feature_distance(features: Floats, classes: NDArray[np.int64], clean: ClassFeatures, requests: Requests) -> Floats:
     """Diagonal Frechet distance of a request's features to clean ones of the same mixture of classes, ``[S]``.
 
     ``F = |m - M|^2 + |sqrt v - sqrt V|^2``, where ``m, v`` are mean and biased variance of the request's features and
     ``M = sum_c q_c mu_c``, ``V = sum_c q_c s_c - M^2`` those of clean features in the request's own shares ``q`` of
-    predicted classes. So it is no matter that a request holds one class only, which moves the plain distance
+    predicted ``classes [N]``. So it is no matter that a request holds one class only, which moves the plain distance
     (``q`` of clean data) as far as corruption does.
     """
+    features = features.astype(np.float64)
     mean = requests.mean(features)
     var = np.maximum(requests.mean(np.square(features)) - np.square(mean), 0)
-    expected = shares @ clean.mean
-    expected_var = np.maximum(shares @ clean.second - np.square(expected), 0)
+    expected = requests.mean(clean.mean[classes])
+    expected_var = np.maximum(requests.mean(clean.second[classes]) - np.square(expected), 0)
     distance: Floats = (np.square(mean - expected) + np.square(np.sqrt(var) - np.sqrt(expected_var))).sum(1)
     return distance
 

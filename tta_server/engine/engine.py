@@ -17,7 +17,7 @@ import numpy as np
 from adapters import serving
 from adapters.base import Policy, State, Step
 from tta_server.drift.monitor import Monitor
-from tta_server.drift.signals import Values
+from tta_server.drift.signals import AGREEMENT, DRIFT, Values
 from tta_server.engine.run import PolicyRun
 from tta_server.engine.source import SourceModel
 from tta_server.engine.watch import Served, Watch
@@ -134,10 +134,10 @@ class Engine:
                     self.store.add_lane(lane, initial_state(lane.policy, model))
                 if self.store.has_state(lane):
                     lease, state = self.store.lease(lane, [job.stream for job in jobs])
-                sampled = [] if shed else self._watch.sample(lane, jobs)
-                shed = shed and lease is not None
                 run = PolicyRun(model, lane, jobs, state)
                 served = Served(run, run.scores())
+                sampled = [] if shed else self._watch.sample(model, lane, jobs, run.source is not None)
+                shed = shed and lease is not None
             except Exception as error:
                 raise _Unanswered from error
             forward_seconds = time.monotonic() - started
@@ -200,7 +200,13 @@ class Engine:
         starts = np.cumsum([0, *sizes[:-1]])
         finite: list[bool] = np.logical_and.reduceat(served.logits.isfinite().all(1).numpy(), starts).tolist()
         parts = (one.split(sizes) for one in (served.logits, served.entropy, served.confidence, served.margin))
-        for job, sound, logits, entropy, confidence, margin in zip(jobs, finite, *parts, strict=True):
+        known = self.monitor.survey([job.stream for job in jobs])
+        told = zip(
+            known.verdicts(), known.values(DRIFT, scored=True).tolist(), known.values(AGREEMENT).tolist(), strict=True
+        )
+        for job, sound, (verdict, drift, agreement), logits, entropy, confidence, margin in zip(
+            jobs, finite, told, *parts, strict=True
+        ):
             if not sound:
                 answer(job, StepFailed("the scores for these inputs are not finite; the stream was left as it was"))
                 continue
@@ -215,9 +221,9 @@ class Engine:
                     entropy=entropy,
                     confidence=confidence,
                     margin=margin,
-                    drift=self.monitor.drift(job.stream),
-                    verdict=self.monitor.verdict(job.stream),
-                    agreement=self.monitor.agreement(job.stream),
+                    drift=drift if drift == drift else None,  # NaN: not measured
+                    verdict=verdict,
+                    agreement=agreement if agreement == agreement else None,
                     queue_seconds=started - job.arrived,
                     inference_seconds=seconds,
                 ),
@@ -249,6 +255,9 @@ class Engine:
         return results, signals
 
     def _commit(self, jobs: list[Job], step: Step, lease: Lease | None, finite: list[bool]) -> tuple[list[str], Values]:
+        for name, values in step.signals.items():
+            if values.shape != (len(jobs),):
+                raise ValueError(f"the signal {name} must have one value per stream, got {list(values.shape)}")
         signals: Values = {name: values.double().cpu().numpy() for name, values in step.signals.items()}
         if lease is None:
             return ["none" if one else "rejected_nonfinite" for one in finite], signals

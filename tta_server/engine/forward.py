@@ -43,6 +43,11 @@ class StreamwiseNetwork:
         self._conduit = Conduit()
         self.norm_layers = replace_norms(self._network, self._conduit)
         self._of_norms = {f"{layer}.{kind}" for layer in self.norm_layers for kind in KINDS}
+        statistics = [one.running_mean for one in self._network.modules() if isinstance(one, StreamBatchNorm)]
+        self.keeps_statistics = any(one is not None for one in statistics)
+        """Whether there are batch norms with statistics to compare a stream's with."""
+        self.mixes_rows = any(one is None for one in statistics)
+        """Whether there are some without: then even the source's scores of a row depend on its request."""
         stabilise(self._network)
         self._network.to(device)
         # Torch's fused transformer layers read the norm layers' weights past their forward, and so past the streams'.

@@ -117,7 +117,7 @@ def _unbiased(norm: Norm) -> bool:
 def batch_statistics(x: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each stream's values by channel -> ``[S, channels]`` each, without gradient."""
     with torch.no_grad():
-        _, _, mean, var, _ = _moments(_flat(x), segments)
+        _, _, mean, var, _ = _moments(_flat(x.float() if x.dtype.itemsize < 4 else x), segments)
         return mean, var
 
 

@@ -76,17 +76,20 @@ class Watch:
 
     def __init__(self, monitor: Monitor, shadow_ratio: float, frozen_ratio: float, enabled: bool) -> None:
         """``shadow_ratio``: share of each adapting stream's requests that also run through the source.
-        ``frozen_ratio``: share of the requests which the source answers of which its batch norms are looked at.
+        ``frozen_ratio``: of those that the source is asked for anyway, the share whose batch norms are looked at.
         Unless ``enabled``, nothing is measured but what the step itself tells."""
         self.monitor, self._shadow_ratio, self._frozen_ratio = monitor, shadow_ratio, frozen_ratio
         self._enabled = enabled
 
-    def sample(self, lane: Lane, jobs: list[Job]) -> list[int]:
-        """Which jobs' requests run through the source: an even share of each named stream's, by who answers."""
-        if not self._enabled:
+    def sample(self, model: SourceModel, lane: Lane, jobs: list[Job], asked: bool) -> list[int]:
+        """Which jobs' requests run through the source: an even share of each named stream's, by who answers.
+
+        ``asked``: the step runs the source anyway, so that only its batch norms, if any, are left to be looked at.
+        """
+        if not self._enabled or (asked and not model.network.keeps_statistics):
             return []
         plain = lane.policy.plain
-        ratio = self._frozen_ratio if plain else self._shadow_ratio
+        ratio = self._frozen_ratio if asked else self._shadow_ratio
         chosen = []
         for index, job in enumerate(jobs):
             stream = job.stream
@@ -182,12 +185,16 @@ class Watch:
         streams = [jobs[index].stream for index in named]
         sizes = np.array(served.run.segments.sizes)
         own = np.array([lane.policy == one.policy or not one.adapt for one in streams], np.bool_)
-        shares = Requests(sizes).shares(served.logits.numpy().argmax(1), served.logits.shape[1])[named]
+        shares = None
+        if self._enabled and model.reference is not None:
+            shares = Requests(sizes).shares(served.logits.numpy().argmax(1), served.logits.shape[1])[named]
+            shares[~(own & np.isfinite(values["entropy"][named]))] = np.nan
         told = {
             name: value[named] if name in SOURCE_PATH else np.where(own, value[named], np.nan)
             for name, value in values.items()
         }
-        shares[~own] = np.nan
+        if self._enabled and lane.policy.plain:  # the source agrees with itself
+            told |= {"agreement": np.where(own, 1.0, np.nan), "skew_damage": np.where(own, 0.0, np.nan)}
         return self.monitor.update(streams, sizes[named], told, model.reference, shares)
 
 

@@ -30,6 +30,8 @@ from tta_server.types import Event, Stream
 
 POLL = 0.25
 """Seconds between two looks at what is new, and at whether to end."""
+LARGEST_PAGE = 100
+"""Streams in an event of ``/v1/live``."""
 POLLS = 4
 """Looks for one event of ``/v1/live``."""
 FRESH = 0.5
@@ -56,15 +58,19 @@ class Wanted(BaseModel):
     sort: Literal["drift", "id", "confidence", "agreement", "version", "requests", "failures", "last_seen"] = "drift"
     order: Literal["desc", "asc"] = "desc"
     offset: int = Field(0, ge=0, le=1_000_000, description="Streams to leave out before the first.")
-    limit: int = Field(50, ge=1, le=100, description="Most streams in an event.")
+    limit: int = Field(50, ge=1, le=LARGEST_PAGE, description="Most streams in an event.")
     stream: Name | None = Field(None, description="One to tell of by itself, wherever it is.")
 
 
 class Table:
     """A tenant's streams at one time, with what choosing and sorting them needs; the rest is read for a page only."""
 
-    def __init__(self, streams: Sequence[Stream], monitor: Monitor) -> None:
+    def __init__(self, streams: Sequence[Stream], monitor: Monitor, before: Table | None) -> None:
+        """``before``: the last one, of which what did not change is taken over."""
         self.time, self.streams, self._monitor = time.time(), streams, monitor
+        self._pasts: dict[Stream, tuple[int, dict[str, Any]]] = {} if before is None else before._pasts
+        if len(self._pasts) > 2 * len(streams) + LARGEST_PAGE:
+            self._pasts = {}
         survey = monitor.survey(streams)
         self._verdicts = survey.verdicts()
         self._drift, self._distance = survey.values(DRIFT, scored=True), survey.values(DISTANCE)
@@ -154,11 +160,17 @@ class Table:
 
     def _more(self, stream: Stream, known: dict[str, Any]) -> dict[str, Any]:
         """The recent past; and where clean requests' confidence mostly is, which takes long to find out."""
+        points = self._monitor.points(stream)
+        kept, more = self._pasts.get(stream, (-1, {}))
+        if kept == points and (known.get("band") is None or more["band"] is not None):
+            return more
         band = known.get("band")
         if band is None and (reading := self._monitor.readings(stream).get("confidence")) is not None:
             band = reading.band
         past = self._monitor.past(stream)
-        return {"past": {"drift": past.pop(DRIFT), **past}, "band": band}
+        more = {"past": {"drift": past.pop(DRIFT), **past}, "band": band}
+        self._pasts[stream] = points, more
+        return more
 
 
 def router(service: Service, events: EventLog) -> APIRouter:
@@ -178,7 +190,9 @@ def router(service: Service, events: EventLog) -> APIRouter:
         Raises ``QueueFull``.
         """
         tenant = tenant_of(request).name
-        limit = service.access.limits(tenant).concurrent
+        limit, most = service.access.limits(tenant).concurrent, service.settings.limits.followers
+        if followers.total() >= most:
+            raise QueueFull(f"{most} event streams at the same time; the limit is limits.followers = {most}")
         if limit is not None and followers[tenant] >= limit:
             raise QueueFull(
                 f"{followers[tenant]} event streams at the same time; the limit is "
@@ -207,7 +221,7 @@ def router(service: Service, events: EventLog) -> APIRouter:
         tenant = tenant_of(request)
         found = tables.get(tenant.name)
         if found is None or not 0 <= time.time() - found.time < FRESH:
-            found = tables[tenant.name] = Table(list(tenant.streams()), service.monitor)
+            found = tables[tenant.name] = Table(list(tenant.streams()), service.monitor, found)
         return found
 
     @routes.get("/", include_in_schema=False)
@@ -243,17 +257,16 @@ def router(service: Service, events: EventLog) -> APIRouter:
         """What happens to the tenant's streams from now on.
 
         `kind` is opened, closed, changed, reset, departure, change (both: the monitor's alarms), rejected or failed
-        (a step that was not kept). The newest `monitor.events` of all tenants are kept for those who come back.
+        (a step that was not kept). The newest `monitor.events` are kept for those who come back.
         """
-        begun, _, place = (last_event_id or f"{run}-{events.newest}").partition("-")
-        last = min(int(place), events.newest) if begun == str(run) and place.isdecimal() else 0
+        tenant = tenant_of(request).name
+        begun, _, place = (last_event_id or f"{run}-{events.newest(tenant)}").partition("-")
+        last = min(int(place), events.newest(tenant)) if begun == str(run) and place.isdecimal() else 0
         yield ServerSentEvent(retry=RETRY)
         async for _ in polls(request):
-            newest = events.newest
-            for number, event in events.since(last, tenant_of(request).name):
-                newest = max(newest, number)
+            for number, event in events.since(last, tenant):
+                last = number
                 yield ServerSentEvent(id=f"{run}-{number}", raw_data=to_json(_told(event)).decode().rstrip())
-            last = newest
 
     return routes
 

@@ -160,7 +160,7 @@ class PrometheusRecorder:
             if values:
                 family.observe(model, np.array(values))
         results = Counted(job.result for job in stats.jobs)
-        if not results["none"]:
+        if not stats.lane.policy.plain and any(results[result] for result in RESULTS):
             for result in RESULTS:  # all start at 0, see _begin
                 self._steps.labels(model, policy, result).inc(results[result])
         for job in stats.jobs:
@@ -196,11 +196,10 @@ class PrometheusRecorder:
         for signal, kind in itertools.product(WATCHED, ("departure", "change")):
             self._detections.labels(model, signal, kind)
 
-    def render_streams(self, wanted: Callable[[Stream], bool], most: int) -> bytes:
-        """The families of single streams, of up to ``most`` that are ``wanted``, for a scrape of their own."""
+    def render_streams(self, streams: list[Stream]) -> bytes:
+        """The families of single streams, of these, for a scrape of their own."""
         registry = CollectorRegistry()
-        chosen = [stream for stream in self._levels().streams if wanted(stream)]
-        registry.register(WatchedCollector(lambda: chosen[:most], self._monitor))
+        registry.register(WatchedCollector(lambda: streams, self._monitor))
         return generate_latest(registry)
 
 

@@ -210,8 +210,8 @@ class WatchedCollector(Collector):
 class Watchlist:
     """Which streams have series of their own: those named, and the worst by drift score.
 
-    A stream that was among the worst stays until it is beyond twice their number: those in the middle do not come and
-    go with every scrape.
+    A stream that was among the worst stays, beside them, until it is beyond twice their number: those in the middle do
+    not come and go with every scrape.
     """
 
     def __init__(self, patterns: Sequence[str], worst: int) -> None:
@@ -222,15 +222,14 @@ class Watchlist:
 
     def choose(self, streams: list[Stream], monitor: Monitor) -> list[Stream]:
         """At most ``MOST_WATCHED`` of the streams."""
-        named = [stream for stream in streams if self._named(stream)][:MOST_WATCHED]
+        named = [stream for stream in streams if self._named(stream)]
         scores = monitor.survey(streams).values(DRIFT, True)
         order = np.argsort(-scores, kind="stable")
         order = order[np.isfinite(scores[order])][: 2 * self._worst]
         ranked = [streams[index] for index in order.tolist()]
-        # First those that were in already, then by score: sorting is stable.
-        worst = sorted(ranked, key=lambda stream: stream not in self._chosen)[: self._worst]
+        worst = ranked[: self._worst] + [stream for stream in ranked[self._worst :] if stream in self._chosen]
         self._chosen = set(worst)
-        return list(dict.fromkeys([*named, *worst]))[:MOST_WATCHED]
+        return list(dict.fromkeys([*worst, *named]))[:MOST_WATCHED]
 
 
 def matcher(patterns: Sequence[str]) -> Callable[[Stream], bool]:

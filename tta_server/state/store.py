@@ -47,6 +47,7 @@ class _LaneStates:
 
     def __init__(self, initial: State, pool: Callable[[Layout], SlotPool]) -> None:
         self.layout = Layout(initial)
+        self.has_weights = any(width and dtype.is_floating_point for dtype, width in self.layout.weights.items())
         self.initial = {dtype: rows[0] for dtype, rows in self.layout.pack(initial).items()}
         self.pool = pool(self.layout)
         self.resident: dict[Stream, int] = {}
@@ -133,19 +134,20 @@ class StateStore:
                 sound &= rows.isfinite().all(1)
         kept: list[bool] = sound.tolist()
         accepted = [index for index, keep in enumerate(kept) if keep]
-        if accepted:
-            states.pool.scatter(lease.slots, packed, accepted)
-            for index in accepted:
-                lease.streams[index].version += 1
-            states.fresh.difference_update(lease.streams[index] for index in accepted)
         nothing = [math.nan] * len(kept)
         update, distance = nothing, nothing
-        if any(states.layout.weights.values()):
+        if states.has_weights:
             size = _norm(states, {dtype: rows.unsqueeze(0) for dtype, rows in states.initial.items()}, None)
             update, distance = (
                 [value if keep else math.nan for value, keep in zip((norm / size).tolist(), kept, strict=True)]
                 for norm in (_norm(states, packed, lease.packed), _norm(states, packed, states.initial))
             )
+        # Nothing that may fail comes after this.
+        if accepted:
+            states.pool.scatter(lease.slots, packed, accepted)
+            for index in accepted:
+                lease.streams[index].version += 1
+            states.fresh.difference_update(lease.streams[index] for index in accepted)
         return Commit(kept, update, distance)
 
     def release(self, lease: Lease) -> None:
@@ -289,11 +291,11 @@ class StateStore:
 
 def _norm(states: _LaneStates, rows: Packed, other: Packed | None) -> Tensor:
     """Of the weights in ``rows [S, width]``, or of their difference to the ``other``'s -> ``[S]``."""
-    squares = []
+    norms = []
     for dtype, width in states.layout.weights.items():
         if width and dtype.is_floating_point:
             own = rows[dtype][:, :width]
             if other is not None:
                 own = own - other[dtype][..., :width]
-            squares.append(torch.linalg.vector_norm(own, dim=1).double().square())
-    return torch.stack(squares).sum(0).sqrt()
+            norms.append(torch.linalg.vector_norm(own, dim=1, dtype=torch.promote_types(dtype, torch.float32)).double())
+    return torch.stack(norms).square().sum(0).sqrt()
