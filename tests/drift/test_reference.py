@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from tta_server.drift.reference import TABLED, TOLERATED, CleanRows, Reference, make_reference
+from tta_server.drift.reference import LEAST_ROWS, MOST, TABLED, TOLERATED, CleanRows, Reference, make_reference
 from tta_server.drift.signals import (
     SIGNALS,
     LayerStatistics,
@@ -85,6 +85,13 @@ def test_a_z_score_is_gap_over_deviation(reference: Reference) -> None:
         assert z[name][0] == pytest.approx((told[0] - mean[four]) / sd[four])
         between = [(1 - share) * table[four] + share * table[eight] for table in (mean, sd)]
         assert z[name][1] == pytest.approx((told[1] - between[0]) / between[1])
+
+
+@pytest.mark.parametrize(("rows", "largest"), [(LEAST_ROWS, 32), (1000, 128), (40_000, MOST)])
+def test_tables_end_where_requests_would_be_too_much_alike(rows: int, largest: int) -> None:
+    """The tables come from half of the rows, and no request from more than half of these."""
+    made = make_reference(clean_rows(rows, 1), LAYERS, 0)
+    assert made.sizes.tolist() == [2**power for power in range(largest.bit_length())]
 
 
 @pytest.mark.parametrize("name", ["feature_distance", "bn_distance"])
