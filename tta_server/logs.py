@@ -113,8 +113,6 @@ def configure(format: str = "text", level: str = "INFO") -> None:
                 "tta_server": {"level": level},
                 # It warns of every malformed form: clients could fill the log.
                 "python_multipart": {"level": "ERROR"},
-                # It warns of every batch that a collector does not take.
-                "opentelemetry": {"level": "ERROR"},
             },
         }
     )

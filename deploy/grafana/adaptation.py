@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from panels import GREEN, RED, board, graph, heatmap, number, query
-from queries import ANNOTATIONS, KNOWN, RESULTS, SLACK, VERDICTS, of, quantile, quantiles, rate, share, variables
+from queries import ANNOTATIONS, KNOWN, NOTABLE, RESULTS, VERDICTS, of, quantile, quantiles, rate, share, variables
 
 
 def adaptation() -> Dashboard:
@@ -23,11 +23,11 @@ def adaptation() -> Dashboard:
                 graph(
                     "Drift score over streams",
                     "Quantiles over the streams as they are now, as exact as the buckets beside. The score is about 0 "
-                    "on clean data; streams that stay above the line come to be called drifted.",
+                    "on clean data; a stream that stays above the line is not what the model was trained on.",
                     "none",
                     *quantiles(scores, 0.1, 0.5, 0.9, 0.99),
                     bottom=None,
-                    line=SLACK,
+                    line=NOTABLE,
                 ),
                 heatmap(
                     "Streams by drift score",

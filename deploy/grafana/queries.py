@@ -34,8 +34,8 @@ TO_STREAM = (
     "/d/tta-stream?var-datasource=${datasource}&var-model_name=${__data.fields.Model}"
     "&var-tenant=${__data.fields.Tenant}&var-stream=${__value.raw}&${__url_time_range}"
 )
-SLACK = 1
-"""Of the departure detector: what the drift score must exceed, for long enough, for a verdict of ``drifted``."""
+NOTABLE = 3
+"""Drift score above which a stream is not what the model was trained on, see docs/metrics.md."""
 
 
 def of(family: str, *more: str, where: str = MODEL) -> str:

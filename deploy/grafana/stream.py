@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from panels import BLUE, GREY, PURPLE, RED, YELLOW, Query, board, graph, note, number, query, timeline, variable
-from queries import ANNOTATIONS, DRIFTED, MODEL, SLACK, STREAM, of, quantile, variables, watched
+from queries import ANNOTATIONS, DRIFTED, MODEL, NOTABLE, STREAM, of, quantile, variables, watched
 
 
 def stream() -> Dashboard:
@@ -49,7 +49,7 @@ def stream() -> Dashboard:
                     "About 0 on clean data.",
                     "none",
                     signal("drift_zscore"),
-                    (SLACK, YELLOW),
+                    (NOTABLE, YELLOW),
                     (5, RED),
                     legend=name,
                     span=4,
@@ -105,7 +105,7 @@ def stream() -> Dashboard:
                     many(0.5),
                     many(0.9),
                     bottom=None,
-                    line=SLACK,
+                    line=NOTABLE,
                     colors={"all streams, p50": GREY, "all streams, p90": PURPLE},
                     span=12,
                 ),

@@ -26,9 +26,9 @@ from tests.deploy.promql import (
 )
 from tta_server.app import create_app, load_models
 from tta_server.demo.run import CONFIG
-from tta_server.drift.monitor import SLACK
 from tta_server.settings import load_settings
 
+DOCS = Path(__file__).parent.parent.parent / "docs"
 UNITS = {"none", "short", "percentunit", "s", "bytes", "reqps", "ops", "cps", "cpm"}
 """Of Grafana's, those in use here."""
 COUNTING = {"rate", "irate", "increase"}
@@ -127,10 +127,7 @@ def test_linked_dashboards_and_variables_are_there(board: Json) -> None:
         assert set(re.findall(r"var-(\w+)=", arguments)) <= variables
 
 
-# The server's side
-
-
-def test_the_line_in_drift_panels_is_the_detector_s() -> None:
+def test_the_line_in_drift_panels_is_that_of_the_docs() -> None:
     drawn = {
         step["value"]
         for uid in BOARDS
@@ -138,7 +135,10 @@ def test_the_line_in_drift_panels_is_the_detector_s() -> None:
         if panel["title"].startswith("Drift score") and panel["type"] == "timeseries"
         for step in panel["fieldConfig"]["defaults"]["thresholds"]["steps"]
     }
-    assert drawn == {None, SLACK}
+    told = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    bad = re.search(r"`tta_stream_drift_zscore` \| the drift score \| above (\d+) \|", told)
+    assert bad is not None
+    assert drawn == {None, int(bad[1])}
 
 
 async def exported() -> set[str]:
