@@ -139,6 +139,8 @@ def test_nothing_is_measured_when_that_is_off(digits: SourceModel, clean: Tensor
     assert stats.shadow_seconds == 0
     assert stats.jobs[0].signals.keys() == {"loss", "update_norm", "parameter_distance"}
     assert (engine.monitor.drift(stream), engine.monitor.verdict(stream)) == (None, Verdict.UNKNOWN)
+    plain = step(engine, SourcePolicy(), [(stream, clean[:16])])
+    assert (plain.jobs[0].signals, plain.monitor_failed) == ({}, False)
 
 
 def test_without_a_reference_there_is_no_drift_score(digits: SourceModel, clean: Tensor) -> None:

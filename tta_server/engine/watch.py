@@ -189,6 +189,8 @@ class Watch:
         if self._enabled and model.reference is not None:
             shares = Requests(sizes).shares(served.logits.numpy().argmax(1), served.logits.shape[1])[named]
             shares[~(own & np.isfinite(values["entropy"][named]))] = np.nan
+        if not values:
+            return []
         told = {
             name: value[named] if name in SOURCE_PATH else np.where(own, value[named], np.nan)
             for name, value in values.items()
