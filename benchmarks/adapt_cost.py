@@ -32,10 +32,9 @@ from adapters.tent import Tent
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine
 from tta_server.engine.source import SourceModel, load_model
-from tta_server.scheduler import Bounds, Scheduler
 from tta_server.settings import LimitSettings, load_settings
 from tta_server.state.store import StateStore
-from tta_server.types import Answer, Job, Lane, Stream
+from tta_server.types import Lane, Stream
 
 LEARNING_RATE = 1e-3
 
@@ -54,20 +53,7 @@ def engine_variant(model: SourceModel, policy: Policy, streams: int, shadow: flo
     lane = Lane(model.name, policy)
     clients = [Stream(str(index), model.name, policy, index, 0.0) for index in range(streams)]
 
-    def run(batches: list[Tensor]) -> None:
-        scheduler = Scheduler(Bounds(max_rows=limits.batch_rows, max_streams=limits.slots))
-        for client, x in zip(clients, batches, strict=True):
-            scheduler.submit(Job(client, lambda answer, error: None, lane, x))
-        while (plan := scheduler.next_batch(0.0)) is not None:
-            engine.step(plan, _expect_answer)
-            scheduler.complete(plan)
-
-    return run
-
-
-def _expect_answer(job: Job, answer: Answer | Exception) -> None:
-    if isinstance(answer, Exception):
-        raise answer
+    return example.through_scheduler(engine, lane, clients)
 
 
 def plain_variant(network: nn.Module, streams: int) -> Callable[[list[Tensor]], None]:

@@ -1,4 +1,5 @@
-"""What the benchmarks share: a ResNet-20 with random weights, as speed and memory do not mind, and a real server."""
+"""What the benchmarks share: a ResNet-20 with random weights, as speed and memory do not mind, a real server, and an
+engine behind a scheduler."""
 
 from __future__ import annotations
 
@@ -7,14 +8,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import httpx
 import safetensors.torch
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
+
+from tta_server.engine.engine import Engine
+from tta_server.scheduler import Bounds, Scheduler
+from tta_server.settings import LimitSettings
+from tta_server.types import Answer, Job, Lane, Stream
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "cifar10c"
 
@@ -62,6 +68,25 @@ def running(config: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     finally:
         server.terminate()
         server.wait()
+
+
+def through_scheduler(engine: Engine, lane: Lane, clients: list[Stream]) -> Callable[[list[Tensor]], None]:
+    """Runs one request of each client, merged as the server would with its default limits; an error is raised."""
+    limits = LimitSettings()
+
+    def expect(job: Job, answer: Answer | Exception) -> None:
+        if isinstance(answer, Exception):
+            raise answer
+
+    def run(batches: list[Tensor]) -> None:
+        scheduler = Scheduler(Bounds(max_rows=limits.batch_rows, max_streams=limits.slots))
+        for client, x in zip(clients, batches, strict=True):
+            scheduler.submit(Job(client, lambda answer, error: None, lane, x))
+        while (plan := scheduler.next_batch(0.0)) is not None:
+            engine.step(plan, expect)
+            scheduler.complete(plan)
+
+    return run
 
 
 def _is_ready(url: str) -> bool:

@@ -41,10 +41,9 @@ from tta_server.engine.source import SourceModel, load_model
 from tta_server.metrics.prometheus import PrometheusRecorder
 from tta_server.metrics.scrape import Levels, Watchlist
 from tta_server.prepare import PrepareOptions, prepare
-from tta_server.scheduler import Bounds, Scheduler
 from tta_server.settings import LimitSettings, MonitorSettings, load_settings
 from tta_server.state.store import StateStore
-from tta_server.types import Answer, Job, Lane, Stream
+from tta_server.types import Lane, Stream
 
 CASES = ((1, 1), (1, 64), (1, 200), (64, 1), (8, 16))
 """Streams and rows per request."""
@@ -76,20 +75,7 @@ def variant(model: SourceModel, policy: Policy, streams: int, enabled: bool) -> 
     lane = Lane(model.name, policy, model.digest)
     clients = [Stream(str(index), model.name, policy, index, 0.0, model.digest) for index in range(streams)]
 
-    def run(batches: list[Tensor]) -> None:
-        scheduler = Scheduler(Bounds(max_rows=limits.batch_rows, max_streams=limits.slots))
-        for client, x in zip(clients, batches, strict=True):
-            scheduler.submit(Job(client, lambda answer, error: None, lane, x))
-        while (plan := scheduler.next_batch(0.0)) is not None:
-            engine.step(plan, _expect_answer)
-            scheduler.complete(plan)
-
-    return run
-
-
-def _expect_answer(job: Job, answer: Answer | Exception) -> None:
-    if isinstance(answer, Exception):
-        raise answer
+    return example.through_scheduler(engine, lane, clients)
 
 
 def cost(model: SourceModel, policy: Policy, streams: int, rows: int, rounds: int) -> tuple[float, float, float]:
