@@ -29,7 +29,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf --mount=type=cache,target=/r
 FROM python:${PYTHON}-slim AS runtime
 RUN groupadd --gid 10001 tta \
     && useradd --uid 10001 --gid tta --no-create-home --home-dir /var/lib/tta-server --shell /usr/sbin/nologin tta \
-    && install --directory --owner tta --group tta /models /var/lib/tta-server
+    && install --directory --owner tta --group tta /models /var/lib/tta-server \
+    && install --directory --owner tta --group tta --mode 700 /var/lib/tta-server/state
 # TTA_HEALTH: where the health check asks; another one for another port or TLS.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 EXTRAS_demo := demo
 EXTRAS_test := demo,otel,test
+# One process per core, each file in one of them. WORKERS= runs all tests in one.
+WORKERS := -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test fuzz format clean
 
@@ -16,7 +18,7 @@ test: .venv/.ready-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 
 # Many more of the requests that are made up from the OpenAPI document: a long run.
 fuzz: .venv/.ready-test

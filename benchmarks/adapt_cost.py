@@ -32,7 +32,8 @@ from adapters.tent import Tent
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine
 from tta_server.engine.source import SourceModel, load_model
-from tta_server.settings import LimitSettings, load_settings
+from tta_server.settings import load_settings
+from tta_server.state.memory import Budget
 from tta_server.state.store import StateStore
 from tta_server.types import Lane, Stream
 
@@ -47,8 +48,7 @@ def example_model(device: torch.device) -> SourceModel:
 
 def engine_variant(model: SourceModel, policy: Policy, streams: int, shadow: float) -> Callable[[list[Tensor]], None]:
     """Runs one request of each stream through scheduler and engine."""
-    limits = LimitSettings()
-    store = StateStore(limits.slots, model.network.device)
+    store = StateStore(Budget(), model.network.device)
     engine = Engine({model.name: model}, store, Monitor(20.0), shadow, monitored=shadow > 0)
     lane = Lane(model.name, policy)
     clients = [Stream(str(index), model.name, policy, index, 0.0) for index in range(streams)]

@@ -42,6 +42,7 @@ from tta_server.engine.norm import Pass
 from tta_server.engine.source import SourceModel, load_model
 from tta_server.prepare import PrepareOptions, prepare
 from tta_server.settings import load_settings
+from tta_server.state.memory import Budget
 from tta_server.state.store import StateStore
 from tta_server.types import Answer, Job, Lane, Plan, Stream
 
@@ -102,7 +103,7 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Sends ``requests`` of ``size`` images of each domain through the engine; z-scores by domain and signal."""
     monitor = Monitor(HALF_LIFE)
-    engine = Engine({model.name: model}, StateStore(1, model.network.device), monitor, 1.0, 1.0)
+    engine = Engine({model.name: model}, StateStore(Budget(1), model.network.device), monitor, 1.0, 1.0)
     lane = Lane(model.name, SourcePolicy(), model.digest)
     clients = {name: Stream(name, model.name, lane.policy, 0, 0.0, model.digest) for name in (*domains, SORTED)}
     inputs, labels = {**domains, SORTED: domains[CLEAN]}, domains[CLEAN].labels

@@ -79,7 +79,7 @@ def through_scheduler(engine: Engine, lane: Lane, clients: list[Stream]) -> Call
             raise answer
 
     def run(batches: list[Tensor]) -> None:
-        scheduler = Scheduler(Bounds(max_rows=limits.batch_rows, max_streams=limits.slots))
+        scheduler = Scheduler(Bounds(max_rows=limits.batch_rows, max_streams=limits.batch_streams))
         for client, x in zip(clients, batches, strict=True):
             scheduler.submit(Job(client, lambda answer, error: None, lane, x))
         while (plan := scheduler.next_batch(0.0)) is not None:

@@ -41,9 +41,11 @@ from tta_server.engine.source import SourceModel, load_model
 from tta_server.metrics.prometheus import PrometheusRecorder
 from tta_server.metrics.scrape import Levels, Watchlist
 from tta_server.prepare import PrepareOptions, prepare
-from tta_server.settings import LimitSettings, MonitorSettings, load_settings
+from tta_server.settings import MonitorSettings, load_settings
+from tta_server.state.keeper import Keeping, Tally
+from tta_server.state.memory import Budget
 from tta_server.state.store import StateStore
-from tta_server.types import Lane, Stream
+from tta_server.types import Lane, Saved, Stream
 
 CASES = ((1, 1), (1, 64), (1, 200), (64, 1), (8, 16))
 """Streams and rows per request."""
@@ -62,11 +64,11 @@ def watched_model(device: torch.device) -> SourceModel:
 
 def variant(model: SourceModel, policy: Policy, streams: int, enabled: bool) -> Callable[[list[Tensor]], None]:
     """Runs one request of each stream through scheduler, engine and recorder."""
-    limits, watching = LimitSettings(), MonitorSettings()
+    watching = MonitorSettings()
     monitor = Monitor(watching.half_life)
     engine = Engine(
         {model.name: model},
-        StateStore(limits.slots, model.network.device),
+        StateStore(Budget(), model.network.device),
         monitor,
         watching.shadow_ratio,
         watching.frozen_ratio,
@@ -102,13 +104,15 @@ def scrapes(model: SourceModel) -> list[dict[str, float]]:
     """Series, bytes and seconds of a scrape by number of streams."""
     policy, generator = Tent(), np.random.default_rng(0)
     monitor = Monitor(20.0)
-    streams: list[Stream] = []
-    levels = Levels(0, streams, {"device": (0, 0), "host": (0, 0)}, 0, {model.name: model.digest}, {model.name: True})
+    streams, saved = list[Stream](), Saved(1, 1, 0, 0, 0.0)
+    keeping = Keeping(True, "", False, 0, 0, Tally(), None, 0)
+    digests, references = {model.name: model.digest}, {model.name: True}
+    levels = Levels(0, streams, {"device": (0, 0), "host": (0, 0)}, 0, 0, keeping, digests, references, Budget())
     recorder = PrometheusRecorder(lambda: levels, monitor, Watchlist((), MonitorSettings().worst))
     found = []
     for count in (100, 1000, 10_000):
         while len(streams) < count:
-            own = [Stream(f"s{len(streams) + one}", model.name, policy, 0, 0.0) for one in range(100)]
+            own = [Stream(f"s{len(streams) + one}", model.name, policy, 0, 0.0, saved=saved) for one in range(100)]
             streams += own
             for _ in range(5):
                 values = {name: np.exp(generator.normal(size=100)) for name in (*THIRDS, "feature_distance")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from pathlib import Path
 
@@ -17,6 +18,14 @@ from tta_server.prepare import GROUPS, PrepareOptions, prepare
 
 # The tensors here are tiny: more threads only get in one another's way.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_look_through() -> None:
+    """What is there before a module's tests stays: no collection of garbage looks at it again. By the end of the suite
+    that would take more than a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

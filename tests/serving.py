@@ -34,6 +34,9 @@ from tta_server.runner import Runner
 from tta_server.scheduler import Bounds, Scheduler
 from tta_server.service import Service
 from tta_server.settings import Settings, load_settings
+from tta_server.state.keeper import Keeper
+from tta_server.state.memory import Budget
+from tta_server.state.sqlite import SqliteStore
 from tta_server.state.store import StateStore
 from tta_server.tenant import Tenant
 from tta_server.types import Answer, Call, Event, Job, Lane, StepStats, Stream
@@ -48,6 +51,8 @@ MODEL = "tiny"
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
 LR = 0.01
 """The config's preset for TENT: large enough that a few steps of a tiny network show."""
+SLOTS = 256
+"""On the device, where a test does not say."""
 TIMEOUT = 20.0
 """Seconds after which a wait that should end at once counts as stuck."""
 
@@ -112,6 +117,7 @@ def write_config(folder: Path, *models: str, **sections: Any) -> Path:
         },
         "server": {"device": "cpu"},
         "monitor": {"shadow_ratio": 0.5},
+        "state": {"folder": None},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config | sections), encoding="utf-8")
@@ -236,6 +242,7 @@ class StepList:
 class Device:
     """A real runner with all that is below it, over the tiny model."""
 
+    keeper: Keeper
     store: StateStore
     engine: Engine
     scheduler: Scheduler
@@ -251,14 +258,15 @@ def make_device(
     settings: Settings, models: Mapping[str, SourceModel], clock: Callable[[], float] = time.monotonic
 ) -> Device:
     """Wires a runner up as the server does; it is not started."""
-    limits = settings.limits
-    store = StateStore(limits.slots, CPU)
+    limits, state = settings.limits, settings.state
+    slots, recorder = limits.slots or SLOTS, StepList()
+    folder = None if state.folder is None else settings.folder / state.folder
+    keeper = Keeper(SqliteStore(folder, state.snapshot_steps, state.snapshots))
+    budget = Budget(slots, limits.device_bytes or 2**40, limits.host_bytes or 2**40)
+    store = StateStore(budget, CPU, keeper, state.idle_seconds, recorder.event)
     engine = Engine(models, store, Monitor(settings.monitor.half_life), settings.monitor.shadow_ratio)
-    scheduler = Scheduler(
-        Bounds(limits.batch_rows, limits.slots, limits.queue_per_stream, limits.queue, limits.shed_share)
-    )
-    recorder = StepList()
-    return Device(store, engine, scheduler, recorder, Runner(engine, scheduler, recorder, clock))
+    scheduler = Scheduler(Bounds(limits.batch_rows, slots, limits.queue_per_stream, limits.queue, limits.shed_share))
+    return Device(keeper, store, engine, scheduler, recorder, Runner(engine, scheduler, recorder, clock))
 
 
 def stream_of(policy: Policy, id: str = "s") -> Stream:
@@ -372,10 +380,11 @@ async def serving(loaded: Loaded, load: Load | None = None, **sections: Mapping[
     device = make_device(settings, models)
     with patch.object(service, "Tenant", Impatient):
         access = Access(settings.auth, settings.folder)
-        bench = Bench(Service(settings, models, device.runner, access, load or loader(loaded)), device)
-        device.runner.start()
+        bench = Bench(Service(settings, models, device.runner, device.keeper, access, load or loader(loaded)), device)
+        bench.service.begin()
         yield bench
-    assert await bench.service.drain() == 0
+    drained = await bench.service.drain()
+    assert (drained.given_up, drained.unsaved) == (0, 0)
     await asyncio.sleep(0)  # the thread's last callbacks
     bench.check_nothing_left()
     assert [task for task in asyncio.all_tasks() if "TestRunner" not in repr(task)] == []

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -95,6 +96,12 @@ class Site:
 
     async def stream(self, id: str = "s", **wanted: Any) -> Stream | AsyncStream:
         return await done(self.client.stream(id, **wanted))
+
+    async def restore(self, id: str, file: bytes) -> Stream | AsyncStream:
+        return await done(self.client.restore(id, file))
+
+    async def fork(self, stream: Stream | AsyncStream, id: str) -> Stream | AsyncStream:
+        return await done(stream.fork(id))
 
     async def info(self, stream: Stream | AsyncStream) -> Any:
         """What the stream is, once every step is over, adaptation included."""
@@ -316,6 +323,73 @@ async def test_a_stream_that_exists_is_confirmed_and_its_numbers_go_on(site: Sit
         await site.stream(policy="norm")
 
 
+async def test_the_past_of_a_stream(site: Site) -> None:
+    stream = await site.stream(policy="tent")
+    await done(stream.predict(images()))
+    made = await done(stream.mark("here"))
+    assert (made["names"], made["version"]) == (["here"], 1)
+    first = [await done(stream.predict(images(seed))) for seed in (1, 2)]
+    await done(stream.mark("there"))
+    assert [one["names"] for one in await done(stream.snapshots())] == [["there"], ["here"]]
+
+    assert (await done(stream.rollback("here")))["version"] == 1
+    again = [await done(stream.predict(images(seed))) for seed in (1, 2)]
+    for one, other in zip(first, again, strict=True):
+        assert np.array_equal(one.logits, other.logits)
+        assert not other.replayed
+    assert (await done(stream.rollback(version=3)))["version"] == 3
+    with pytest.raises(BadInput, match="give either snapshot or version"):
+        await done(stream.rollback("here", version=3))
+    with pytest.raises(UnknownName, match="no snapshot 'nowhere'"):
+        await done(stream.rollback("nowhere"))
+    with pytest.raises(Conflict, match="has a snapshot 'here' already"):
+        await done(stream.mark("here"))
+
+    await done(stream.unmark("here"))
+    await done(stream.unmark("here"))
+    assert [one["names"] for one in await done(stream.snapshots()) if one["names"]] == [["there"]]
+    await done(stream.unmark("a/b?c"))
+    assert site.network.seen[-1].url.raw_path == b"/v1/streams/s/snapshots/a%2Fb%3Fc"
+
+
+async def test_copies_of_a_stream(site: Site) -> None:
+    stream = await site.stream(policy="tent")
+    for seed in range(3):
+        await done(stream.predict(images(seed)))
+    fork = await site.fork(stream, "copy")
+    file = await done(stream.export())
+    assert isinstance(file, bytes)
+    restored = await site.restore("t", file)
+    assert [(one.id, one.model) for one in (fork, restored)] == [("copy", MODEL), ("t", MODEL)]
+    for seed in (3, 4):
+        answers = [await done(one.predict(images(seed))) for one in (stream, fork, restored)]
+        assert [one.version for one in answers] == [seed] * 3
+        for one in answers[1:]:
+            assert np.array_equal(one.logits, answers[0].logits)
+    with pytest.raises(Conflict, match="there is a stream 't' already"):
+        await site.fork(stream, "t")
+    with pytest.raises(BadInput, match="altered"):
+        await site.restore("t", file[:-1] + bytes([file[-1] ^ 1]))
+
+
+async def test_how_a_stream_is_stored(loaded: Loaded, kind: Any, tmp_path: Path) -> None:
+    async with running(loaded, kind, {"state": {"folder": str(tmp_path)}}) as site:
+        stream = await site.stream(policy="tent", durability="sync")
+        answers = [await done(stream.predict(images(seed))) for seed in range(2)]
+        assert [(one.unsaved_steps, one.lost_steps) for one in answers] == [(0, 0)] * 2
+        changed = await done(stream.update(durability={"mode": "async", "steps": 3}))
+        assert (changed["durability"]["mode"], changed["durability"]["steps"]) == ("async", 3)
+        await site.info(stream)
+        told = await done(site.client.state())
+        assert (told["persistent"], told["problem"], told["streams"]) == (True, None, 1)
+    async with running(loaded, kind, {"state": {"folder": str(tmp_path)}}) as site:
+        answer = await done((await site.stream()).predict(images()))
+        assert (answer.version, answer.lost_steps) == (2, 0), "it came back"
+    async with running(loaded, kind) as site:
+        answer = await done((await site.stream()).predict(images()))
+        assert (answer.unsaved_steps, answer.lost_steps) == (None, 0)
+
+
 async def test_streams_are_listed_page_by_page(site: Site) -> None:
     ids = [f"s{index}" for index in range(103)]
     for index, id in enumerate(ids):
@@ -428,10 +502,38 @@ async def test_every_change_may_be_sent_again(site: Site) -> None:
     await done(stream.predict(images()))
     site.network.fates = [after(cut)]
     assert (await done(stream.reset()))["version"] == 0
+    await done(stream.predict(images()))
+    await done(stream.mark("one"))
+    await done(stream.predict(images()))
+    site.network.fates = [after(cut)]
+    assert (await done(stream.rollback("one")))["version"] == 1
+    site.network.fates = [after(cut)]
+    file = await done(stream.export())
+    site.network.fates = [after(cut)]
+    stream = await site.restore("s", file)
+    assert (await done(stream.predict(images()))).version == 1
+    site.network.fates = [after(cut)]
+    await done(stream.unmark("one"))
     site.network.fates = [after(cut)]
     await done(stream.close())
     assert await listed(site.client.streams()) == []
-    assert len(site.pauses) == 5
+    assert len(site.pauses) == 9
+
+
+async def test_a_name_is_not_taken_twice(site: Site) -> None:
+    """Where the first attempt may have taken it there is no second one, which would be refused."""
+    stream = await site.stream(policy="tent")
+    unseen = (httpx.ConnectError("nobody"), httpx.ConnectTimeout("late"), httpx.PoolTimeout("full"))
+    refused = httpx.Response(503, json={"error": "loading"})
+    for call in (stream.mark, stream.fork):
+        site.network.fates = [after(httpx.ReadError("cut"))]
+        with pytest.raises(NoAnswer, match="failed 1 times"):
+            await done(call("a"))
+        site.network.fates = [before(one) for one in (*unseen, refused)]
+        await done(call("b"))
+    assert len(site.pauses) == 8
+    assert {name for one in await done(stream.snapshots()) for name in one["names"]} == {"a", "b"}
+    assert [one["id"] for one in await listed(site.client.streams())] == ["s", "a", "b"]
 
 
 async def test_a_prediction_that_failed_does_not_give_its_number_back(site: Site) -> None:
@@ -477,7 +579,7 @@ async def test_an_answer_too_large_to_keep(loaded: Loaded, kind: Any) -> None:
     async with running(loaded, kind, {"limits": {"stored_answer_bytes": 1}}) as site:
         stream = await site.stream(policy="tent")
         site.network.fates = [after(httpx.ReadError("cut"))]
-        with pytest.raises(Conflict, match="too large to keep"):
+        with pytest.raises(Conflict, match="it was too large"):
             await done(stream.predict(images()))
         assert (await done(stream.predict(images(1)))).version == 1
 
@@ -525,6 +627,14 @@ async def test_refusals_have_their_class_text_and_status(site: Site, status: int
     assert len(site.pauses) == (4 if status in (429, 503) else 0)
     if isinstance(caught.value, QueueFull | Unavailable):
         assert caught.value.retry_after == 9
+
+
+async def test_something_else_answers_for_a_file(site: Site) -> None:
+    stream = await site.stream()
+    for answer in (httpx.Response(200, text="<h1>Welcome</h1>"), httpx.Response(200, content=b"")):
+        site.network.fates = [before(answer)]
+        with pytest.raises(TtaError, match="check the URL"):
+            await done(stream.export())
 
 
 FOREIGN = [

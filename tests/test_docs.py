@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,9 @@ from tta_server.metrics.prometheus import PrometheusRecorder
 from tta_server.metrics.scrape import Levels, Watchlist
 from tta_server.prepare import GROUPS
 from tta_server.settings import Settings, load_settings
+from tta_server.state.keeper import Keeping, Tally
+from tta_server.state.memory import Budget
+from tta_server.state.records import Shutdown
 from tta_server.types import Stream
 
 ROOT = Path(__file__).parent.parent
@@ -45,12 +47,13 @@ from tta_server.engine.engine import Engine
 from tta_server.engine.source import load_model
 from tta_server.policies import make_policy
 from tta_server.settings import load_settings
+from tta_server.state.memory import Budget
 from tta_server.state.store import StateStore
 from tta_server.types import Job, Lane, Plan, Stream
 
 model = load_model("digits", load_settings(Path(CONFIG)), torch.device("cpu"))
 policy = make_policy("sharpen", {"lr": 0.01})
-engine = Engine({"digits": model}, StateStore(8, torch.device("cpu")), Monitor(20.0), 1.0)
+engine = Engine({"digits": model}, StateStore(Budget(8), torch.device("cpu")), Monitor(20.0), 1.0)
 lane, stream, x = Lane("digits", policy), Stream("s", "digits", policy, 1, 0.0), torch.rand(16, 1, 8, 8)
 confidences = []
 for _ in range(5):
@@ -83,18 +86,17 @@ def test_the_config_of_the_readme_is_one() -> None:
 @contextmanager
 def demo_server(folder: Path) -> Iterator[str]:
     """``tta-server serve`` with the demo's model, in a process of its own; its address."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-m", "tta_server", "serve", str(DEMO), "--port", address.rpartition(":")[2]]
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    command = [sys.executable, "-m", "tta_server", "serve", str(DEMO), "--port", "0", "--state", str(folder / "state")]
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not _is_ready(address):
-            assert time.monotonic() < deadline, (folder / "server.log").read_text()
-            assert process.poll() is None, (folder / "server.log").read_text()
+        while not (found := re.findall(r"running on http://([\d.]+:\d+)", log.read_text())) or not _is_ready(found[0]):
+            assert time.monotonic() < deadline, log.read_text()
+            assert process.poll() is None, log.read_text()
             time.sleep(0.05)
-        yield address
+        yield found[0]
     finally:
         process.terminate()
         process.wait(START_SECONDS)
@@ -181,7 +183,9 @@ def test_links_and_files_exist(page: str) -> None:
 def test_the_docs_say_every_metric() -> None:
     """In docs/metrics.md, and none that is not there; the CUDA ones are not, without CUDA."""
     monitor = Monitor(20.0)
-    levels = Levels(0, [Stream("s", "m", SourcePolicy(), 0, 0.0)], {}, 0, {"m": "d"}, {"m": True})
+    streams = [Stream("s", "m", SourcePolicy(), 0, 0.0)]
+    keeping = Keeping(True, "", False, 0, 0, Tally(), Shutdown(True), 0)
+    levels = Levels(0, streams, {}, 0, 0, keeping, {"m": "d"}, {"m": True}, Budget())
     exposition = PrometheusRecorder(lambda: levels, monitor, Watchlist((), 20)).render().decode()
     families = set(re.findall(r"^# TYPE (tta_\w+)", exposition, re.MULTILINE))
     assert len(families) > 40

@@ -13,7 +13,6 @@ from contextlib import redirect_stderr
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import httpx
 import numpy as np
@@ -199,7 +198,7 @@ async def test_lines_tell_the_request_and_its_trace(lines: Lines) -> None:
     ]
 
 
-GOOD = ["x", "0af7651916cd43dd8448eb211c80319c", str(uuid4()), 'a"{}~!', 128 * "z"]
+GOOD = ["x", "0af7651916cd43dd8448eb211c80319c", "7c9e6679-7425-40de-944b-e07fc1f90ae7", 'a"{}~!', 128 * "z"]
 BAD = ["", "a b", " ", 129 * "z", "tab\t", "zwölf", "\x7f"]
 
 

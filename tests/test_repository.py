@@ -285,7 +285,7 @@ async def test_a_stream_of_other_weights_is_refused_until_it_is_reset(bench: Ben
     assert await tenant.reset("s") is stream
     assert (stream.digest, stream.policy, tenant.signals(stream)) == (new, Tent(lr=0.5), {})
     assert not bench.device.store.has_lane(old)
-    assert tenant.last_number(stream) == 1
+    assert stream.last_number == 1
     tenant.open("fresh", MODEL, settings={"lr": 0.5})
     for seed in range(2):
         own, other = [await scores(tenant.predict(None, rows(4, seed), stream=id)) for id in ("s", "fresh")]

@@ -193,7 +193,7 @@ def test_commands_take_their_place_in_the_stream(device: Device) -> None:
     stream, x = stream_of(TENT), rows(6)
     first = submit(device, stream, x)
     second = submit(device, stream, x)
-    reset = command(device, stream, lambda: device.engine.reset(stream.lane, stream))
+    reset = command(device, stream, lambda: device.engine.reset(stream.lane, stream.lane, stream))
     third = submit(device, stream, x)
     device.runner.start()
     reset.ended()

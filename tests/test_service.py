@@ -35,7 +35,7 @@ from tests.serving import (
 )
 from tta_server.access import Access
 from tta_server.errors import QueueFull, TtaError, Unavailable
-from tta_server.service import Service
+from tta_server.service import Drained, Service
 from tta_server.types import Job, Lane, Plan, Stream
 
 pytestmark = pytest.mark.anyio
@@ -100,7 +100,7 @@ async def test_draining_refuses_new_work_and_finishes_the_old(loaded: Loaded) ->
         assert (bench.tenant.stream("s"), stream.policy.name, stream.adapt) == (stream, "tent", True)
         gate.open()
         assert (await task)[0].version == 0
-        assert await drain == 0
+        assert await drain == Drained(0, 0, 0)
         assert stream.version == 1
 
 
@@ -109,8 +109,9 @@ async def test_what_a_drain_gives_up_is_told_without_a_complaint_of_the_loop(loa
     config, models = loaded
     device = make_device(config, models)
     access = Access(config.auth, config.folder)
-    service = Service(varied(config, limits={"drain_seconds": 0.001}), models, device.runner, access, loader(loaded))
-    device.runner.start()
+    config = varied(config, limits={"drain_seconds": 0.001})
+    service = Service(config, models, device.runner, device.keeper, access, loader(loaded))
+    service.begin()
     lost, tenant = lost_exceptions(), service.tenant("default")
     tenant.open("s")
     gate = await asyncio.to_thread(hold, device.runner)
@@ -123,7 +124,7 @@ async def test_what_a_drain_gives_up_is_told_without_a_complaint_of_the_loop(loa
     with pytest.raises(Unavailable, match="shut down before"):
         await task
     gate.open()
-    assert await drain == 2
+    assert (await drain).given_up == 2
     del task, drain
     await asyncio.sleep(0)
     gc.collect()
@@ -134,7 +135,8 @@ async def test_a_drain_happens_once(bench: Bench) -> None:
     """Whoever asks again gets the first one's outcome."""
     bench.tenant.open("s")
     await bench.tenant.predict(None, rows(2), stream="s")
-    assert tuple(await asyncio.gather(bench.service.drain(), bench.service.drain())) == (0, 0)
+    one, other = await asyncio.gather(bench.service.drain(), bench.service.drain())
+    assert one is other
 
 
 async def test_levels_are_read_from_what_is_there(bench: Bench) -> None:
@@ -311,7 +313,7 @@ async def test_any_order_of_operations_leaves_nothing_behind(
                 assert stream.version <= [job.result for job in jobs].count("applied")
                 await check_reset_is_a_new_stream(bench, name, stream)
                 await tenant.close(stream.id)
-        assert bench.device.store.counts() == {"device": (0, 0), "host": (0, 0)}
+        assert bench.device.store.counts() == {"device": (0, 0), "host": (0, 0), "disk": (0, 0)}
         assert bench.device.engine.monitor._rows == {}
         del outcomes
         hands.tasks.clear()

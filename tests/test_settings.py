@@ -165,7 +165,7 @@ def test_unknown_keys_are_refused(tmp_path: Path, content: Any, place: str) -> N
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "must be a mapping with the keys models, server, auth, limits, streams, monitor"),
+        ("", "must be a mapping with the keys models, server, auth, limits, streams, state, monitor"),
         ("- a\n- b", "must be a mapping"),
         ("just text", "must be a mapping"),
         ("models: {m: [", "cannot read the config file"),

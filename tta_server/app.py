@@ -12,9 +12,9 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import uvicorn
@@ -33,7 +33,7 @@ from tta_server.engine.source import SourceModel, choose_device, load_model
 from tta_server.engine.threads import in_passing
 from tta_server.errors import ConfigError
 from tta_server.events import EventLog
-from tta_server.http import infer, live, problems, schemas, schemas_v2, streams, v1, v2
+from tta_server.http import infer, live, problems, schemas, schemas_v2, snapshots, streams, v1, v2
 from tta_server.http.guard import guarded, needs
 from tta_server.http.protocol import bounded
 from tta_server.http.wire import PROBLEMS, refuse_unknown, request_id
@@ -45,9 +45,13 @@ from tta_server.runner import HANGS, Runner
 from tta_server.scheduler import Bounds, Scheduler
 from tta_server.service import Service
 from tta_server.settings import Right, Settings
+from tta_server.state import memory
+from tta_server.state.keeper import Keeper
+from tta_server.state.memory import Budget
+from tta_server.state.sqlite import SqliteStore
 from tta_server.state.store import StateStore
 from tta_server.statistics import Statistics
-from tta_server.types import Call, Origin
+from tta_server.types import Call, Event, Origin
 
 if TYPE_CHECKING:
     from fastapi.telemetry import TelemetryConfig
@@ -81,6 +85,16 @@ def _load(settings: Settings, name: str) -> SourceModel:
     return in_passing(load)
 
 
+def measure_memory(settings: Settings, models: Mapping[str, SourceModel]) -> Budget:
+    """What stream states may take, beside these models."""
+    return memory.measure(settings.limits, next(iter(models.values())).network.device)
+
+
+def _default_bytes(model: SourceModel) -> int:
+    """Of the state of a stream of the model's own policy."""
+    return int(model.reports[model.settings.policy]["bytes_per_stream"])
+
+
 def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
     """The server as an ASGI application. Its lifespan starts the device thread, and drains it at the end.
 
@@ -89,14 +103,28 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
     """
     check_defaults(models)
     limits = settings.limits
-    store = StateStore(limits.slots, next(iter(models.values())).network.device)
+    device, budget = next(iter(models.values())).network.device, measure_memory(settings, models)
+    log.info("memory for stream states", extra={
+        "device_bytes": budget.device_bytes, "host_bytes": budget.host_bytes,
+        "slots": {name: budget.fit(_default_bytes(model)) for name, model in models.items()},
+    })  # fmt: skip
+    folder = None if settings.state.folder is None else settings.folder / settings.state.folder
+
+    def tell(event: Event) -> None:
+        recorder.event(event)
+
+    def timed(operation: str, seconds: float) -> None:
+        prometheus.stored(operation, seconds)
+
+    keeper = Keeper(SqliteStore(folder, settings.state.snapshot_steps, settings.state.snapshots), timed)
+    store = StateStore(budget, device, keeper, settings.state.idle_seconds, tell)
     watching = settings.monitor
     monitor = Monitor(watching.half_life)
     engine = Engine(models, store, monitor, watching.shadow_ratio, watching.frozen_ratio, watching.enabled)
     scheduler = Scheduler(
         Bounds(
             max_rows=limits.batch_rows,
-            max_streams=limits.slots,
+            max_streams=min(limits.batch_streams, budget.slots),
             per_stream=limits.queue_per_stream,
             in_all=limits.queue,
             shed_share=limits.shed_share,
@@ -113,14 +141,16 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
         check_defaults({name: model})
         return model
 
-    service = Service(settings, models, runner, Access(settings.auth, settings.folder), load)
+    service = Service(settings, models, runner, keeper, Access(settings.auth, settings.folder), load)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        runner.start()
+        service.begin()
+        expiring = asyncio.create_task(service.expire())
         yield
-        given_up = await service.drain()
-        log.info("drained", extra={"given_up": given_up})
+        expiring.cancel()
+        drained = await service.drain()
+        log.info("drained", extra=asdict(drained))
         if traces is not None:
             await asyncio.to_thread(traces.close)
 
@@ -158,8 +188,8 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
 
     # In the order in which a request's path is looked up: predictions first.
     routers = (
-        infer.router(service), streams.router(service), v1.router(service), v2.router(service, statistics),
-        live.router(service, events), operations,
+        infer.router(service), streams.router(service), snapshots.router(service), v1.router(service),
+        v2.router(service, statistics), live.router(service, events), operations,
     )  # fmt: skip
     for router in routers:
         app.include_router(router)
@@ -212,7 +242,7 @@ def serve(app: FastAPI, settings: Settings) -> None:
         server_header=False,
         timeout_keep_alive=math.ceil(limits.idle_seconds),
         # Longer than the queue may take, so that every request gets its answer or its refusal.
-        timeout_graceful_shutdown=math.ceil(limits.drain_seconds + HANGS) + 5,
+        timeout_graceful_shutdown=math.ceil(limits.drain_seconds + HANGS + settings.state.flush_seconds) + 5,
         **tls,
     )
     try:

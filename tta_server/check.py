@@ -11,10 +11,17 @@ from rich.text import Text
 from tta_server.drift.reference import GROUP as MONITORING
 from tta_server.engine.report import check_defaults
 from tta_server.engine.source import SourceModel
+from tta_server.state.memory import Budget
 
 
-def print_report(models: Mapping[str, SourceModel], console: Console) -> None:
-    """Prints each model's findings and its table of policies. Raises ``ConfigError`` for a default that cannot run."""
+def print_report(models: Mapping[str, SourceModel], budget: Budget, console: Console) -> None:
+    """Prints each model's findings and its table of policies, with how many streams of each would fit on the device if
+    there were no others. Raises ``ConfigError`` for a default that cannot run."""
+    console.print(
+        f"memory for stream states: {_size(budget.device_bytes)} on the device, {_size(budget.host_bytes)} of the host "
+        "(limits.device_bytes, limits.host_bytes); the rest is on the disk",
+        highlight=False,
+    )
     for model in models.values():
         layers = ", ".join(f"{count} {kind}" for kind, count in model.norm_layers.items()) or "none"
         console.print(f"[bold]{model.name}[/bold]: {model.architecture}, {model.parameters:,} parameters")
@@ -39,9 +46,20 @@ def print_report(models: Mapping[str, SourceModel], console: Console) -> None:
         for name in model.left_alone:
             found = f"{name}: of a type that streams cannot adapt yet; stays as trained"
             console.print(f"  [yellow]left alone[/yellow]     {found}")
-        table = Table("policy", "runs", "bytes per stream", "why not")
+        table = Table("policy", "runs", "bytes per stream", "slots", "why not")
         for report in model.reports.values():
-            size = f"{report['bytes_per_stream']:,}" if report["runs"] else ""
-            table.add_row(report["name"], "yes" if report["runs"] else "no", size, Text(report.get("reason", "")))
+            size = report["bytes_per_stream"] if report["runs"] else 0
+            table.add_row(
+                report["name"],
+                "yes" if report["runs"] else "no",
+                f"{size:,}" if report["runs"] else "",
+                f"{budget.fit(size):,}" if size else "",
+                Text(report.get("reason", "")),
+            )
         console.print(table)
     check_defaults(models)
+
+
+def _size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

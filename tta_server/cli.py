@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import adapters
-from tta_server import __version__, app, check, logs
+from tta_server import __version__, app, check, logs, state_cli
 from tta_server.errors import ConfigError, TtaError
 from tta_server.policies import check_package_names, describe, load_plugins
 from tta_server.settings import Settings, load_settings
@@ -26,6 +26,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+cli.add_typer(state_cli.commands, name="state")
 
 Config = Annotated[Path, typer.Argument(help="The config file (YAML).", metavar="CONFIG")]
 
@@ -35,22 +36,33 @@ def serve(
     config: Config,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Folder of the stored streams, instead of the config's.")] = None,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Take the streams from a server that runs; it can save no more.")
+    ] = False,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Serve others without asking for tokens; something else keeps order.")
     ] = False,
 ) -> None:
     """Starts the server."""
     settings = _settings(config, host, port)
+    if state is not None:
+        settings = settings.model_copy(
+            update={"state": settings.state.model_copy(update={"folder": str(state.absolute())})}
+        )
     logs.configure(settings.log.format, settings.log.level)
     app.check_exposure(settings, insecure)
     application = app.create_app(settings, app.load_models(settings))
+    application.state.service.begin(take_over)
     app.serve(application, settings)
 
 
 @cli.command("check")
 def check_config(config: Config) -> None:
     """Loads the models of a config and says what was found; exits 1 when something is wrong."""
-    check.print_report(app.load_models(_settings(config)), Console())
+    settings = _settings(config)
+    models = app.load_models(settings)
+    check.print_report(models, app.measure_memory(settings, models), Console())
 
 
 @cli.command()

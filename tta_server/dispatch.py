@@ -14,7 +14,8 @@ from tta_server.errors import Cancelled, DeadlineExceeded, TtaError
 from tta_server.runner import Runner
 from tta_server.types import NOWHERE, Answer, Job, Lane, Origin, Stream, head_start
 
-Done = Callable[[Answer | None, Exception | None], None]
+Done = Callable[[Exception | None], None]
+End = Callable[[Answer | None, Exception | None], None]
 
 
 @dataclass(eq=False)
@@ -53,6 +54,7 @@ class Dispatcher:
         priority: int = 0,
         settled: Callable[[Answer | None], None] = lambda answer: None,
         origin: Origin = NOWHERE,
+        number: int | None = None,
     ) -> Flight:
         """Queues a request; ``settled`` is called on the loop when it ends, with its answer if there is one.
 
@@ -91,14 +93,15 @@ class Dispatcher:
             deadline=time.monotonic() + wait,
             head_start=head_start(priority),
             origin=origin,
+            request_number=number,
         )
         flight = Flight(loop.create_future(), abandon)
         self._runner.submit(job)
         timer = loop.call_later(wait, expire)
         return flight
 
-    def command(self, stream: Stream, command: Callable[[], None]) -> asyncio.Future[None]:
-        """Queues a command behind the stream's requests; the future is done when it has run."""
+    def promise(self) -> tuple[asyncio.Future[None], Done]:
+        """Something to wait for, and what keeps it, or breaks it with an error, from any thread."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 
@@ -106,7 +109,13 @@ class Dispatcher:
             if not future.done():
                 future.set_result(None) if error is None else future.set_exception(error)
 
-        self._runner.submit(Job(stream, self._mailbox.address(loop, finish), command=command))
+        address = self._mailbox.address(loop, finish)
+        return future, lambda error: address(None, error)
+
+    def command(self, stream: Stream, command: Callable[[], None]) -> asyncio.Future[None]:
+        """Queues a command behind the stream's requests; the future is done when it has run."""
+        future, done = self.promise()
+        self._runner.submit(Job(stream, lambda answer, error: done(error), command=command))
         return future
 
 
@@ -118,10 +127,10 @@ class _Mailbox:
     """From other threads to the event loop: what they leave while it is busy costs it one wake-up, not one each."""
 
     def __init__(self) -> None:
-        self._letters: deque[tuple[Done, Answer | None, Exception | None]] = deque()
+        self._letters: deque[tuple[End, Answer | None, Exception | None]] = deque()
         self._woken = False
 
-    def address(self, loop: asyncio.AbstractEventLoop, done: Done) -> Done:
+    def address(self, loop: asyncio.AbstractEventLoop, done: End) -> End:
         """``done``, to be called from any thread, run on the loop."""
 
         def call(answer: Answer | None, error: Exception | None) -> None:

@@ -26,9 +26,10 @@ from tta_server.data import Domain, Labels, Rows, arrange, check_fit, gather, lo
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine, initial_state
 from tta_server.engine.source import SourceModel, choose_device, load_model
-from tta_server.errors import ConfigError, StepFailed
+from tta_server.errors import ConfigError, StepFailed, TtaError
 from tta_server.policies import load_plugins, make_policy, settings_of, starting_settings
 from tta_server.settings import InputSettings, choose_model, load_settings, parse_value
+from tta_server.state.memory import Budget
 from tta_server.state.store import StateStore
 from tta_server.types import Answer, Job, Lane, Plan, Stream
 
@@ -109,7 +110,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> Results:
 
     # Nothing is measured beside the answers: the source model's own pass would be counted as the policies' time.
     engine = Engine(
-        {name: model}, StateStore(len(policies) + 1, device), Monitor(settings.monitor.half_life), 0.0, monitored=False
+        {name: model}, StateStore(Budget(), device), Monitor(settings.monitor.half_life), 0.0, monitored=False
     )
     runs = [_Run(model, one, policy, options, domains) for one, policy in policies.items()]
     x = to_inputs(gather(domains, batches[0])[0], model.settings.input)
@@ -275,11 +276,11 @@ class _Run:
 
     def _request(self, engine: Engine, stream: Stream, x: Tensor) -> tuple[Answer, bool]:
         """The answer, and whether all was kept that the step had to keep."""
-        answers: list[Answer | StepFailed] = []
+        answers: list[Answer | TtaError] = []
         job = Job(stream, lambda *_: None, self._lane, x)
         stats = engine.step(Plan(self._lane, [job]), lambda _, answer: answers.append(answer))
         (answer,) = answers
-        if isinstance(answer, StepFailed):
+        if isinstance(answer, TtaError):
             raise StepFailed(f"policy {self.name!r} did not answer: {answer}")
         return answer, stats.jobs[0].result in ("applied", "none")
 

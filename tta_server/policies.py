@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -76,6 +77,11 @@ def describe(name: str) -> dict[str, Any]:
 def settings_of(policy: Policy) -> dict[str, Any]:
     """A policy's settings as a dict, defaults included."""
     return asdict(cast("Any", policy))
+
+
+def policy_digest(policy: Policy) -> str:
+    """Hex SHA-256 of a policy's name and settings: equal digests, equal rule."""
+    return hashlib.sha256(json.dumps([policy.name, settings_of(policy)], sort_keys=True).encode()).hexdigest()
 
 
 def _policy_type(name: str) -> type[Policy]:

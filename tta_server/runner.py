@@ -10,9 +10,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from tta_server.engine.engine import Engine
-from tta_server.errors import DeadlineExceeded, StepFailed, Unavailable
+from tta_server.errors import DeadlineExceeded, StepFailed, TtaError, Unavailable
 from tta_server.metrics import Recorder
 from tta_server.scheduler import Scheduler
 from tta_server.types import Answer, Job, Plan
@@ -21,6 +22,10 @@ log = logging.getLogger(__name__)
 
 HANGS = 30.0
 """Seconds after which a shutdown takes a running step for one that will not end."""
+
+
+MOST_WAIT = 3600.0
+"""Seconds that the thread waits at a time when nothing is to be done."""
 
 
 class Runner:
@@ -87,48 +92,82 @@ class Runner:
         return len(left)
 
     def _run(self) -> None:
+        due = 0.0
         while True:
             with self._changed:
                 plan, expired = self._next()
-                while plan is None and not expired and not self._stopping:
-                    self._changed.wait()
+                if plan is None and not expired and not self._stopping:
+                    # Not longer than until something is due, which is not done under the lock.
+                    self._changed.wait(min(due, MOST_WAIT))
                     plan, expired = self._next()
+                upcoming = self._scheduler.upcoming() if plan is not None else []
                 if expired:
                     self._changed.notify_all()  # a drain may wait for them
             for job in expired:
                 job.done(None, DeadlineExceeded("the request's time was up before its turn came"))
-            if plan is None and not expired:
+            if plan is None and not expired and self._stopping:
+                self._maintain(self.engine.store.save_all)
                 return
+            due = self._maintain(self.engine.store.maintain)
             if plan is not None:
                 started = self._clock()
-                self._run_plan(plan)
+                self._run_plan(plan, upcoming)
                 with self._changed:
                     if plan.lane is not None:
                         self._scheduler.ran(plan, self._clock() - started)
                     self._scheduler.complete(plan)
                     self._changed.notify_all()
 
+    def _maintain(self, maintain: Callable[[], float]) -> float:
+        """Runs the store's own work; nothing that fails in it ends the thread."""
+        try:
+            return maintain()
+        except Exception:
+            log.exception("the care of stream states failed")
+            return 1.0
+
+    def _answer_once_safe(self, job: Job, answer: Answer) -> None:
+        """Lets an answer go when its stream's durability allows it."""
+        stream, revision = job.stream, job.stream.revision
+        is_stored = stream.durability.mode != "none"
+
+        def release(refusal: TtaError | None) -> None:
+            unsaved = max(0, revision - stream.saved.revision) if is_stored else None
+            job.done(*((replace(answer, unsaved=unsaved), None) if refusal is None else (None, refusal)))
+
+        try:
+            self.engine.store.hold(stream, release)
+        except Exception:  # to be saved is not worth an answer
+            log.exception("an answer does not wait for its stream to be saved")
+            release(None)
+
     def _next(self) -> tuple[Plan | None, list[Job]]:
         return self._scheduler.next_batch(self._clock()), self._scheduler.expired()
 
-    def _run_plan(self, plan: Plan) -> None:
-        """Runs a plan so that every job's ``done`` is called once and nothing that fails ends the thread."""
+    def _run_plan(self, plan: Plan, upcoming: list[Job]) -> None:
+        """Runs a plan so that every job's ``done`` is called once and nothing that fails ends the thread. Meanwhile the
+        states of the ``upcoming`` jobs are read ahead."""
         open_jobs = set(plan.jobs)
 
-        def answer(job: Job, result: Answer | Exception) -> None:
+        def answer(job: Job, result: Answer | TtaError) -> None:
             open_jobs.discard(job)
             if isinstance(result, Answer):
-                job.done(result, None)
+                self._answer_once_safe(job, result)
             else:
                 job.done(None, result)
 
         try:
+            self.engine.store.prefetch([job.stream for job in upcoming], [job.stream for job in plan.jobs])
             if plan.lane is None:
                 for job in plan.jobs:
                     assert job.command is not None
                     job.command()
             else:
                 self.recorder.step(self.engine.step(plan, answer))
+        except TtaError as error:  # a command that cannot be done
+            for job in list(open_jobs):
+                answer(job, error)
+            return
         except Exception as error:  # a fault of our own must cost its requests, not the server
             log.exception("the engine failed on a plan")
             for job in list(open_jobs):

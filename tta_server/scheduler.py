@@ -27,6 +27,9 @@ SURE = 0.8
 PATIENT = 0.5
 """Seconds of waiting that never shed adaptation, so that a client in a hurry does not decide for the others."""
 
+AHEAD = 64
+"""Most jobs that are looked at ahead of their turn."""
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -133,6 +136,15 @@ class Scheduler:
                 self._running += 0 if lane is None else len(jobs)
                 return Plan(lane, jobs, self._is_late(jobs[0], now))
         return None
+
+    def upcoming(self) -> list[Job]:
+        """The jobs that would likely be the next plan if nothing else came, to prepare for. Takes nothing."""
+        if not self._ready:
+            return []
+        lane = min(self._ready, key=lambda one: self._ready[one][0][0])
+        most = self.bounds.max_streams if lane is not None and lane.merges else 1
+        # The front of a heap: nearly its smallest.
+        return [job for _, job in sorted(self._ready[lane][: 2 * AHEAD])[: min(most, AHEAD)]]
 
     def _is_late(self, job: Job, now: float) -> bool:
         waited = now - job.arrived

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import reprlib
@@ -105,6 +106,28 @@ class ModelSettings(_Settings):
     """Settings by policy that differ for this model, from the policy's own defaults and from the preset."""
 
 
+class Durability(_Settings):
+    """How much of what a stream learned a crash may cost it."""
+
+    mode: Literal["none", "async", "sync"] = "async"
+    """``none``: all of it, the stream is not stored at all; ``async``: the last steps; ``sync``: nothing that an answer
+    was computed with: it leaves once the step before it is stored."""
+    steps: Positive = 16
+    """Of ``async``: an answer leaves once all but the last so many steps before it are stored."""
+    seconds: Seconds = 5.0
+    """Of ``async``: a step is stored after so many seconds, if not for the number of steps."""
+
+    @property
+    def bound(self) -> float:
+        """Most steps before an answer that may be unsaved when it leaves."""
+        return {"none": math.inf, "async": self.steps, "sync": 0}[self.mode]
+
+    @property
+    def due(self) -> float:
+        """Unsaved steps at which the next save begins: early enough that answers seldom wait."""
+        return {"none": math.inf, "async": max(1, self.steps // 2), "sync": 1}[self.mode]
+
+
 class LimitSettings(_Settings):
     """Bounds. An error that one of them causes names it as ``limits.<name>``."""
 
@@ -153,10 +176,22 @@ class LimitSettings(_Settings):
     """Largest scores kept per stream to answer a repeated request number; a repeat of a larger answer is refused."""
     streams: Positive = 20_000
     """Most streams open at once."""
-    state_bytes: Positive = 2**30
-    """Largest state of a stream; settings that make a larger one are refused."""
-    slots: Positive = 256
-    """Stream states kept on the device, of all models and policies; the rest wait in host memory."""
+    state_bytes: Annotated[int, Field(gt=0, le=950_000_000)] = 950_000_000
+    """Largest state of a stream; settings that make a larger one are refused. The store takes no larger ones."""
+    batch_streams: Positive = 256
+    """Most streams in one engine step."""
+    slots: Positive | None = None
+    """Most stream states kept on the device, of all models and policies; the rest wait in host memory. ``null``: as
+    many as fit into ``device_bytes``."""
+    device_bytes: Positive | None = None
+    """Device memory for stream states. ``null``: a part of what is free once the models are loaded."""
+    host_bytes: Positive | None = None
+    """Host memory for stream states that do not fit on the device; the rest are on the disk. ``null``: a part of what
+    is free once the models are loaded."""
+    marks: Positive = 16
+    """Most named snapshots of a stream."""
+    import_bytes: Positive = 2**30
+    """Largest file of a stream's state that is taken."""
 
 
 class StreamSettings(_Settings):
@@ -166,6 +201,26 @@ class StreamSettings(_Settings):
     """What a V2 request with a ``sequence_id`` not seen before and without ``sequence_start`` does."""
     default: Name | None = None
     """Id of the stream shared by V2 requests without a ``sequence_id``; without one they get the source model."""
+
+
+class StateSettings(_Settings):
+    """How stream states are kept."""
+
+    folder: str | None = "tta-state"
+    """Where they are stored: a folder of this server's own, from the config file's. ``null``: nowhere, all streams end
+    with the server."""
+    durability: Durability = Durability()
+    """Of streams that do not choose their own."""
+    snapshot_steps: Positive = 100
+    """A state becomes an automatic snapshot when the stream has taken so many steps since the last one."""
+    snapshots: Annotated[int, Field(ge=0, le=100)] = 3
+    """Automatic snapshots kept of each stream, beside the newest state and the one saved before it."""
+    idle_seconds: Seconds = 600.0
+    """A stream without requests for so long leaves memory for the disk, and comes back with its next request."""
+    keep_seconds: Seconds | None = 30 * 86400.0
+    """A stream without requests for so long is deleted. ``null``: never."""
+    flush_seconds: Seconds = 15.0
+    """Longest time for storing what is unsaved at shutdown."""
 
 
 class MonitorSettings(_Settings):
@@ -331,6 +386,7 @@ class Settings(_Settings):
     auth: AuthSettings = AuthSettings()
     limits: LimitSettings = LimitSettings()
     streams: StreamSettings = StreamSettings()
+    state: StateSettings = StateSettings()
     monitor: MonitorSettings = MonitorSettings()
     log: LogSettings = LogSettings()
     traces: TraceSettings | None = None

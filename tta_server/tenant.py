@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,13 +28,14 @@ from tta_server.engine.engine import Engine, initial_state
 from tta_server.engine.report import STEP_FAILS
 from tta_server.engine.source import SourceModel
 from tta_server.engine.threads import in_passing
-from tta_server.errors import BadInput, Conflict, QueueFull, UnknownName
+from tta_server.errors import BadInput, Conflict, QueueFull, Unavailable, UnknownName
 from tta_server.logs import current
 from tta_server.policies import make_policy, settings_of, starting_settings
 from tta_server.repository import Repository
-from tta_server.settings import NAME, Settings, TenantSettings, type_and_line
+from tta_server.settings import NAME, Durability, Settings, TenantSettings, type_and_line
+from tta_server.state.keeper import Keeper
 from tta_server.state.slots import Layout
-from tta_server.types import NOWHERE, Answer, Event, Lane, Origin, Stream
+from tta_server.types import NOT_STORED, NOWHERE, Answer, Event, Lane, Origin, Stream
 
 STREAM_ID = re.compile(NAME)
 
@@ -46,18 +48,19 @@ class Backend:
     repository: Repository
     dispatcher: Dispatcher
     engine: Engine
+    keeper: Keeper
     tell: Callable[[Event], None]
     """What happens to streams."""
+    marking: set[tuple[Stream, str]] = field(default_factory=set)
+    """Names of states that are being stored."""
 
 
 @dataclass(eq=False)
 class _Open:
-    """An open stream: its place in the order of creation, the bytes its state may take, its numbered requests."""
+    """An open stream: its place in the order of creation, its numbered requests."""
 
     stream: Stream
     place: int
-    bytes: int
-    last_number: int | None = None
     last_answer: Answer | None = None
     flights: dict[int, Flight] = field(default_factory=dict)
 
@@ -71,6 +74,8 @@ class Tenant:
         """``limits`` gives what the tenant may use now, ``count`` the open streams of all tenants."""
         self.name, self._backend, self._limits, self._count = name, backend, limits, count
         self._streams: dict[str, _Open] = {}
+        self._unusable: dict[str, tuple[Stream, str]] = {}
+        """Stored streams that this server cannot run, and why."""
         self._places = itertools.count(1)
         self._source_policy = SourcePolicy()
 
@@ -87,6 +92,7 @@ class Tenant:
         policy: str | None = None,
         settings: Mapping[str, Any] | None = None,
         adapt: bool | None = None,
+        durability: Durability | None = None,
         replace: bool = False,
     ) -> tuple[Stream, bool]:
         """Creates the stream ``id``, or confirms one that is the same; with ``replace``, starts it afresh in any case.
@@ -94,37 +100,62 @@ class Tenant:
         Returns the stream and whether it is new.
 
         What is left out is as it is on a stream that exists. On a new one, ``model`` is the only one there is,
-        ``policy`` the model's own, ``adapt`` on, and ``settings`` go over the model's preset for the policy, that over
-        the policy's defaults. Raises ``BadInput`` for what does not fit, ``UnknownName``, ``Unavailable`` for a model
-        that is not ready, ``Conflict`` when the stream exists otherwise or the policy cannot run on the model, and
-        ``QueueFull`` beyond a limit on streams.
+        ``policy`` the model's own, ``adapt`` on, ``durability`` the config's, and ``settings`` go over the model's
+        preset for the policy, that over the policy's defaults. Raises ``BadInput`` for what does not fit,
+        ``UnknownName``, ``Unavailable`` for a model that is not ready, ``Conflict`` when the stream exists otherwise or
+        the policy cannot run on the model, and ``QueueFull`` beyond a limit on streams.
         """
         _check_id(id)
+        self._check_owner()
+        if id in self._unusable:
+            self._open(id)
         existing = self._streams.get(id)
         if existing is not None and not replace:
             self._confirm(existing.stream, model, policy, settings)
-            if adapt is not None:
-                self._switch(existing.stream, adapt)
+            if self._switch(existing.stream, adapt, durability):  # the caller settles it
+                self._touch(existing.stream)
             return existing.stream, False
         source = self._backend.repository.get(model)
         made = _make_policy(source, policy or source.settings.policy, settings)
         size = self._size(source, made)
-        self._check_quota(0 if existing else 1, size - (existing.bytes if existing else 0))
-        stream = Stream(
-            id=id,
-            model=source.name,
-            policy=made,
-            random_key=rng.stream_key(id, self._backend.settings.server.seed),
-            created=time.time(),
-            digest=source.digest,
-            tenant=self.name,
-            adapt=adapt is not False,
-        )
+        self._check_quota(0 if existing else 1, size - (existing.stream.state_bytes if existing else 0))
+        stream = self._build(id, source, made, size)
+        stream.adapt, stream.durability = adapt is not False, self._durability(durability)
         if existing is not None:
             self.discard(existing.stream)
-        self._streams[id] = _Open(stream, next(self._places), size)
+        self._enter(stream)
         self._tell("opened", stream, policy=made.name)
         return stream, True
+
+    def build(self, id: str, source: SourceModel, policy: Policy) -> Stream:
+        """A new stream, for :meth:`admit`. Raises ``BadInput``, or ``Conflict`` where the policy cannot run."""
+        _check_id(id)
+        return self._build(id, source, policy, self._size(source, policy))
+
+    def admit(self, stream: Stream, begin: Callable[[], None]) -> asyncio.Future[None]:
+        """Takes in a stream that comes with a state; ``begin`` gives it that on the device thread, before its first
+        request. Raises ``Conflict`` where there is one of its id, and ``QueueFull`` beyond a limit on streams."""
+        _check_id(stream.id)
+        self._check_owner()
+        if stream.id in self._unusable or stream.id in self._streams:
+            raise Conflict(f"there is a stream {stream.id!r} already; delete it, or choose another id")
+        self._check_quota(1, stream.state_bytes)
+        done = self._backend.dispatcher.command(stream, begin)
+        self._enter(stream)
+        return done
+
+    def recover(self, stream: Stream, unusable: str = "") -> None:
+        """Takes in a stream that was in the store at the start, or puts it aside for the reason it is ``unusable``."""
+        if unusable:
+            self._unusable[stream.id] = stream, unusable
+        else:
+            self._enter(stream)
+
+    def expire(self, before: float) -> None:
+        """Deletes the streams that had no request, and were not made, since then (Unix time, seconds)."""
+        for one in list(self._streams.values()):
+            if max(one.stream.last_seen, one.stream.created) < before and not one.flights:
+                self.discard(one.stream, "expired")
 
     def is_open(self, id: str) -> bool:
         """Whether there is a stream ``id``."""
@@ -145,6 +176,7 @@ class Tenant:
 
         Returns them and, if there are more, the place to go on behind.
         """
+        self._check_owner()
         found: list[_Open] = []
         for one in self._streams.values():
             stream = one.stream
@@ -154,11 +186,6 @@ class Tenant:
                     return [one.stream for one in found], found[-1].place
                 found.append(one)
         return [one.stream for one in found], None
-
-    def last_number(self, stream: Stream) -> int | None:
-        """The newest request number that was answered."""
-        opened = self._streams.get(stream.id)
-        return opened.last_number if opened is not None and opened.stream is stream else None
 
     @property
     def monitor(self) -> Monitor:
@@ -186,13 +213,8 @@ class Tenant:
             missing[DISTANCE] = "the model has no batch norms that keep statistics"
         return missing
 
-    def state_bytes(self, stream: Stream) -> int:
-        """Size of the stream's state, which it has from its first step on."""
-        opened = self._streams.get(stream.id)
-        return opened.bytes if opened is not None and opened.stream is stream else 0
-
     def tier(self, stream: Stream) -> str:
-        """Where the stream's state is now: ``device``, ``host`` or ``none``."""
+        """Where the stream's state is now: ``device``, ``host``, ``disk`` or ``none``."""
         return self._backend.engine.store.tier(stream.lane, stream)
 
     async def update(
@@ -201,6 +223,7 @@ class Tenant:
         adapt: bool | None = None,
         policy: str | None = None,
         settings: Mapping[str, Any] | None = None,
+        durability: Durability | None = None,
     ) -> tuple[Stream, bool]:
         """Changes a stream from the next request on; what is left out stays. Returns it and whether its state is kept.
 
@@ -218,8 +241,8 @@ class Tenant:
                 made = _make_policy(source, policy or "", settings)
             if made != stream.policy:
                 moving = self._move(opened, source, made)
-        if adapt is not None:
-            self._switch(stream, adapt)
+        if self._switch(stream, adapt, durability) and moving is None:
+            self._touch(stream)
         return stream, moving is None or await moving
 
     async def reset(self, id: str) -> Stream:
@@ -233,37 +256,63 @@ class Tenant:
         source = self._backend.repository.loaded().get(stream.model)
         if source is not None and source.digest != stream.digest:
             size = self._size(source, stream.policy)
-            self._check_quota(0, size - opened.bytes)
-            done = self._backend.dispatcher.command(stream, lambda: engine.leave(old, stream))
-            stream.digest, opened.bytes = source.digest, size
-        else:
-            done = self._backend.dispatcher.command(stream, lambda: engine.reset(old, stream))
-        await done
+            self._check_quota(0, size - opened.stream.state_bytes)
+            stream.digest, stream.state_bytes = source.digest, size
+        new, key = stream.lane, self._random_key(id)
+
+        def reset() -> None:
+            engine.reset(old, new, stream)
+            stream.random_key = key
+
+        await self._backend.dispatcher.command(stream, reset)
         self._tell("reset", stream)
         return stream
 
-    async def close(self, id: str, only: Stream | None = None) -> None:
-        """Forgets a stream. Its id is free at once; requests it still has under way are finished first.
+    async def settle(self, stream: Stream) -> None:
+        """Has a stream's newest changes saved in due time; where its durability says so, returns when they are.
 
-        With ``only``, does nothing when the id belongs to another stream by now, or to none.
+        Not when the store cannot be written: the stream goes on with what it has, and tells what is unsaved.
+        """
+        store = self._backend.engine.store
+        # What is not to be stored any more is stored as such: what was stored before is not to come back.
+        if stream.durability.mode == "sync" or (stream.durability.mode == "none" and stream.saved.revision):
+            with suppress(Unavailable):
+                await self.store(stream)
+        elif stream.durability.mode == "async":
+            _ignore(self._backend.dispatcher.command(stream, lambda: store.meet(stream)))
+
+    async def store(self, stream: Stream, marks: tuple[str, ...] = ()) -> None:
+        """Saves a stream, after its requests so far, its state under these names. Raises ``Unavailable`` where the
+        store cannot be written."""
+        stored, done = self._backend.dispatcher.promise()
+        store = self._backend.engine.store
+        await self._backend.dispatcher.command(stream, lambda: store.save(stream, marks, done))
+        await stored
+
+    async def close(self, id: str, only: Stream | None = None) -> None:
+        """Forgets a stream, in the store too. Its id is free at once; requests it still has under way finish first.
+
+        With ``only``, does nothing when the id belongs to another stream by now, or to none. Raises ``Unavailable``
+        where the store cannot be written; then it is forgotten there as soon as it can.
         """
         if only is not None and (id not in self._streams or self._streams[id].stream is not only):
             return
-        stream = self._open(id).stream
-        dropped = self._drop(stream)
-        del self._streams[id]
-        self._tell("closed", stream)
-        await dropped
+        stream = self._unusable[id][0] if id in self._unusable else self._open(id).stream
+        forgotten = self._forget(stream)
+        try:
+            await forgotten
+        except Unavailable as error:
+            raise Unavailable(
+                f"stream {id!r} is closed, but what is stored of it could not be deleted yet: {error}. That is done as "
+                "soon as the store can be written"
+            ) from error
 
-    def discard(self, stream: Stream) -> None:
+    def discard(self, stream: Stream, kind: str = "closed") -> None:
         """Forgets a stream, unless its id is another's by now. Nobody waits for it."""
         opened = self._streams.get(stream.id)
         if opened is not None and opened.stream is stream:
-            dropped = self._drop(stream)
-            # A shutdown that gives it up is not worth a complaint.
-            dropped.add_done_callback(lambda dropped: dropped.cancelled() or dropped.exception())
-            del self._streams[stream.id]
-            self._tell("closed", stream)
+            forgotten = asyncio.ensure_future(self._forget(stream, kind))
+            _ignore(forgotten)
 
     # Predictions
 
@@ -290,23 +339,24 @@ class Tenant:
             if number is not None:
                 raise BadInput("a request number needs a stream to be counted in")
             source = self._backend.repository.get(model)
-            anonymous = Stream("", source.name, self._source_policy, 0, 0.0)
+            anonymous = Stream("", source.name, self._source_policy, 0, 0.0, durability=NOT_STORED)
             flight = self._launch(anonymous, source, self._source_policy, x, timeout, priority, origin)
             return await flight.wait(), False
         opened = self._open(stream)
         if model not in (None, opened.stream.model):
             raise Conflict(f"stream {stream!r} belongs to model {opened.stream.model!r}, not to {model!r}")
         if number is not None:
-            if number == opened.last_number:
-                if opened.last_answer is None:
-                    raise Conflict(
-                        f"request number {number} of stream {stream!r} was answered already, and its answer was too "
-                        "large to keep (limits.stored_answer_bytes)"
-                    )
-                return opened.last_answer, True
             if number in opened.flights:
                 return await opened.flights[number].wait(), True
-            newest = max([*opened.flights, -1 if opened.last_number is None else opened.last_number])
+            last = opened.stream.last_number
+            if number == last:
+                if opened.last_answer is None:
+                    raise Conflict(
+                        f"request number {number} of stream {stream!r} was answered already, and its answer is not "
+                        "kept: it was too large (limits.stored_answer_bytes), or the server was started anew since"
+                    )
+                return opened.last_answer, True
+            newest = max([*opened.flights, -1 if last is None else last])
             if number < newest:
                 raise Conflict(f"request number {number} of stream {stream!r} is out of order: {newest} came before")
         source = self._source_of(opened.stream)
@@ -317,11 +367,10 @@ class Tenant:
             if number is not None:
                 del opened.flights[number]
                 if answer is not None:
-                    opened.last_number = number
                     opened.last_answer = _stored(answer, self._backend.settings.limits.stored_answer_bytes)
 
         policy = opened.stream.policy if wanted else self._source_policy
-        flight = self._launch(opened.stream, source, policy, x, timeout, priority, origin, keep)
+        flight = self._launch(opened.stream, source, policy, x, timeout, priority, origin, keep, number)
         if number is not None:
             opened.flights[number] = flight
         return await flight.wait(), False
@@ -336,6 +385,7 @@ class Tenant:
         priority: int,
         origin: Origin,
         settled: Callable[[Answer | None], None] = lambda answer: None,
+        number: int | None = None,
     ) -> Flight:
         """Queues a request, and has the model stay for it."""
         repository = self._backend.repository
@@ -345,20 +395,20 @@ class Tenant:
             settled(answer)
 
         lane = Lane(source.name, policy, source.digest)
-        flight = self._backend.dispatcher.launch(stream, lane, x, timeout, priority, over, origin)
+        flight = self._backend.dispatcher.launch(stream, lane, x, timeout, priority, over, origin, number)
         repository.enter(source.name)
         return flight
 
     def _move(self, opened: _Open, source: SourceModel, policy: Policy) -> Awaitable[bool]:
         """Gives a stream another policy setting from now on; to be awaited for whether its state came along."""
         size = self._size(source, policy)
-        self._check_quota(0, size - opened.bytes)
+        self._check_quota(0, size - opened.stream.state_bytes)
         stream, engine, repository = opened.stream, self._backend.engine, self._backend.repository
         old, new = stream.lane, Lane(source.name, policy, source.digest)
         kept: list[bool] = []
         done = self._backend.dispatcher.command(stream, lambda: kept.append(engine.move(old, new, stream)))
         # From here on, requests queue behind the move and in the new lane.
-        stream.policy, opened.bytes = policy, size
+        stream.policy, stream.state_bytes = policy, size
         repository.enter(source.name)
         done.add_done_callback(lambda done: repository.leave(source.name))
 
@@ -378,6 +428,32 @@ class Tenant:
                 f"loaded has {source.digest}; load the former, or reset the stream to start from the latter"
             )
         return source
+
+    def _build(self, id: str, source: SourceModel, policy: Policy, size: int) -> Stream:
+        return Stream(
+            id=id,
+            model=source.name,
+            policy=policy,
+            random_key=self._random_key(id),
+            created=time.time(),
+            digest=source.digest,
+            tenant=self.name,
+            durability=self._durability(None),
+            state_bytes=size,
+        )
+
+    def model_for(self, name: str, digest: str) -> SourceModel:
+        """The model with this digest, best the one of that name. Raises ``Conflict`` with all digests there are."""
+        loaded = self._backend.repository.loaded()
+        for model in (loaded.get(name), *loaded.values()):
+            if model is not None and model.digest == digest:
+                return self._backend.repository.get(model.name)
+        there = ", ".join(f"{model.name!r} with {model.digest}" for model in loaded.values())
+        raise Conflict(f"the file is of model {name!r} with digest {digest}; there are: {there or 'none'}")
+
+    def check_model(self, stream: Stream) -> None:
+        """Raises ``Unavailable``, or ``Conflict`` where the model that is loaded is not the one it adapts."""
+        self._source_of(stream)
 
     def _size(self, source: SourceModel, policy: Policy) -> int:
         """Bytes of a stream's state. Raises ``Conflict`` when the policy cannot run on the model.
@@ -413,7 +489,7 @@ class Tenant:
                 f"{len(self)} streams are open; the limit is {place}.streams = {limits.streams}. "
                 "Delete streams that are done"
             )
-        held = sum(one.bytes for one in self._streams.values()) if limits.state_bytes is not None else 0
+        held = sum(one.stream.state_bytes for one in self._streams.values()) if limits.state_bytes is not None else 0
         if limits.state_bytes is not None and bytes > 0 and held + bytes > limits.state_bytes:
             raise QueueFull(
                 f"the states of all streams may take {held + bytes:,} bytes then; the limit is "
@@ -437,24 +513,73 @@ class Tenant:
                 f"{made.name!r} {settings_of(made)}; change it with PATCH, or use another id"
             )
 
+    def _check_owner(self) -> None:
+        """Raises ``Unavailable`` where another process has the streams now."""
+        keeper = self._backend.keeper
+        if keeper.fenced:
+            raise Unavailable(f"{keeper.problem}; ask the server that has the streams now")
+
     def _open(self, id: str) -> _Open:
         _check_id(id)
+        self._check_owner()
+        if id in self._unusable:
+            raise Conflict(
+                f"stream {id!r} is stored, but cannot be used: {self._unusable[id][1]}. Mend that and start the server "
+                "anew, or delete the stream"
+            )
         if id not in self._streams:
             raise UnknownName(f"no stream {id!r}; create it with PUT /v1/streams/<id>")
         return self._streams[id]
 
-    def _switch(self, stream: Stream, adapt: bool) -> None:
-        """Turns adaptation on or off."""
-        if adapt != stream.adapt:
-            stream.adapt = adapt
-            self._tell("changed", stream, adapt=adapt)
+    def _switch(self, stream: Stream, adapt: bool | None, durability: Durability | None) -> bool:
+        """Turns adaptation on or off, and changes how the stream is stored; what is left out stays. Returns whether
+        anything changed."""
+        changes: dict[str, Any] = {}
+        if adapt is not None and adapt != stream.adapt:
+            stream.adapt = changes["adapt"] = adapt
+        if durability is not None and (durability := self._durability(durability)) != stream.durability:
+            stream.durability, changes["durability"] = durability, durability.model_dump()
+        if changes:
+            self._tell("changed", stream, **changes)
+        return bool(changes)
+
+    def _durability(self, wanted: Durability | None) -> Durability:
+        """What is wanted, or the config's; none where nothing outlives the server, which is a ``Conflict`` when more is
+        wanted."""
+        if self._backend.keeper.persistent:
+            return wanted or self._backend.settings.state.durability
+        if wanted is not None and wanted.mode != "none":
+            raise Conflict(f"durability {wanted.mode!r} needs a place to store streams, and state.folder is null")
+        return NOT_STORED
+
+    def _random_key(self, id: str) -> int:
+        return rng.stream_key(id, self._backend.settings.server.seed)
+
+    def _enter(self, stream: Stream) -> None:
+        self._streams[stream.id] = _Open(stream, next(self._places))
+
+    def _touch(self, stream: Stream) -> None:
+        """Has a change saved that is none of its state."""
+        store = self._backend.engine.store
+        _ignore(self._backend.dispatcher.command(stream, lambda: store.touch(stream)))
 
     def _tell(self, kind: str, stream: Stream, **fields: Any) -> None:
         self._backend.tell(Event(kind, stream, fields, current()))
 
-    def _drop(self, stream: Stream) -> asyncio.Future[None]:
-        lane, engine = stream.lane, self._backend.engine
-        return self._backend.dispatcher.command(stream, lambda: engine.drop(lane, stream))
+    def _forget(self, stream: Stream, kind: str = "closed") -> Awaitable[None]:
+        """Forgets a stream now; to be awaited for the end of it in the store."""
+        lane, engine, dispatcher = stream.lane, self._backend.engine, self._backend.dispatcher
+        removed, done = dispatcher.promise()
+        dropped = dispatcher.command(stream, lambda: engine.drop(lane, stream, done))
+        self._unusable.pop(stream.id, None)
+        self._streams.pop(stream.id, None)
+        self._tell(kind, stream)
+
+        async def forgotten() -> None:
+            await dropped
+            await removed
+
+        return forgotten()
 
 
 def check_input(model: SourceModel, x: Tensor, max_rows: int) -> None:
@@ -480,6 +605,11 @@ def check_input(model: SourceModel, x: Tensor, max_rows: int) -> None:
 
 def _make_policy(source: SourceModel, name: str, settings: Mapping[str, Any] | None) -> Policy:
     return make_policy(name, {**starting_settings(name, source.settings), **(settings or {})})
+
+
+def _ignore(future: asyncio.Future[None]) -> None:
+    """Nobody waits for it, and nobody wants its error, such as that the server shuts down."""
+    future.add_done_callback(lambda future: future.cancelled() or future.exception())
 
 
 def _check_id(id: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapters import Policy
 from adapters.base import Scope
+from tta_server.settings import Durability
 
 _job_numbers = itertools.count(1)
 
@@ -30,14 +31,31 @@ class Lane(NamedTuple):
         return self.policy.scope is not Scope.ALL
 
 
+class Saved(NamedTuple):
+    """How far a stream is in the store."""
+
+    revision: int
+    state_revision: int
+    version: int
+    requests: int
+    time: float
+    """When it was written, Unix time, seconds."""
+
+
+DEFAULT_DURABILITY = Durability()
+NOT_STORED = Durability(mode="none")
+NEVER_SAVED = Saved(0, 0, 0, 0, 0.0)
+
+
 @dataclass(eq=False, slots=True)
 class Stream:
     """One client's ordered sequence of requests.
 
     Compared by identity: a stream that was deleted and one later opened under the same ``id`` are two. The service
-    changes ``policy``, ``digest``, ``adapt`` and ``last_seen``; ``version`` (number of committed steps since the start
-    or the last reset), ``requests`` (answered so far), ``adapted`` (how many of these by its policy, not the plain
-    source model) and ``failures`` (steps that were not kept) are changed by the device thread alone.
+    changes ``policy``, ``digest``, ``adapt``, ``durability``, ``state_bytes`` and ``last_seen``, and the keeper
+    ``saved``. ``version`` (number of committed steps since the start or the last reset), ``requests`` (answered so
+    far), ``adapted`` (how many of these by its policy, not the plain source model), ``failures`` (steps that were not
+    kept) and all else are changed by the device thread alone.
     """
 
     id: str
@@ -51,11 +69,29 @@ class Stream:
     tenant: str = ""
     """Whose it is."""
     adapt: bool = True
+    durability: Durability = DEFAULT_DURABILITY
+    state_bytes: int = 0
+    """Of its state, which it has from its first step on."""
     last_seen: float = 0.0
     version: int = 0
     requests: int = 0
     adapted: int = 0
     failures: int = 0
+    last_number: int | None = None
+    """Newest request number that was answered."""
+    revision: int = 1
+    """Number of changes of the stream, its creation, resets, rollbacks and changes of settings included. Unlike the
+    version it never goes back."""
+    state_revision: int = 1
+    """The revision of the last change of its state."""
+    saved: Saved = NEVER_SAVED
+    lost: int = 0
+    """Changes that a crash, or damage to the store, cost it and that no answer told of yet."""
+
+    @property
+    def unsaved(self) -> int:
+        """Changes that a crash now would cost."""
+        return self.revision - self.saved.revision
 
     @property
     def lane(self) -> Lane:
@@ -91,6 +127,11 @@ class Answer:
     queue_seconds: float
     inference_seconds: float
     """From the start of the step that answered to the scores being there."""
+    unsaved: int | None = None
+    """Changes of the stream, up to this version, that a crash would have cost when the answer left; ``None`` where it
+    is not stored."""
+    lost: int = 0
+    """Changes that the stream lost, told for the first time."""
 
 
 class Origin(NamedTuple):
@@ -133,6 +174,8 @@ class Job:
     head_start: float = 0.0
     """Seconds by which it goes ahead of other streams' requests, see :func:`head_start`."""
     origin: Origin = NOWHERE
+    request_number: int | None = None
+    """The client's, for retries."""
     number: int = field(default_factory=lambda: next(_job_numbers))
 
     @property
@@ -172,9 +215,14 @@ class JobStats:
     origin: Origin = NOWHERE
 
 
-EVENTS = ("opened", "closed", "changed", "reset", "departure", "change", "rejected", "failed")
-"""Kinds: ``changed`` is of toggle, settings or policy, ``departure`` and ``change`` are alarms of the monitor,
-``rejected`` and ``failed`` steps that were not kept."""
+EVENTS = (
+    "opened", "closed", "expired", "changed", "reset", "rolled_back", "marked", "imported", "evicted", "lost",
+    "damaged", "departure", "change", "rejected", "failed",
+)  # fmt: skip
+"""Kinds: ``expired`` is closed for want of requests, ``changed`` is of toggle, settings, policy or durability,
+``imported`` also of a fork, ``evicted`` the state's way to the disk for want of requests, ``lost`` of changes that were
+not saved when the server crashed, ``damaged`` of a stored state that is not what was written, ``departure`` and
+``change`` are alarms of the monitor, ``rejected`` and ``failed`` steps that were not kept."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from queries import (
     variables,
     watched,
 )
+from state import state
 
 
 def overview() -> Dashboard:
@@ -166,38 +167,22 @@ def overview() -> Dashboard:
                     none="none fires",
                 ),
             ],
-            "State and process": [
-                graph(
-                    "Stream states",
-                    "Streams with a state of their own, by where it is; and how many per second lose their place on "
-                    "the device.",
-                    "short",
-                    query(f"sum by (tier) ({of('tta_stream_states', where=SERVER)})", "{{tier}}"),
-                    query(f"sum({rate('tta_stream_evictions_total', where=SERVER)})", "moved to the host per second"),
-                    span=6,
-                ),
-                graph(
-                    "Bytes of stream states",
-                    "By where they are.",
-                    "bytes",
-                    query(f"sum by (tier) ({of('tta_stream_state_bytes', where=SERVER)})", "{{tier}}"),
-                    stacked=True,
-                    span=6,
-                ),
+            "State": state(),
+            "Process": [
                 graph(
                     "Memory",
                     "Of the server's process, and of CUDA devices where there are any.",
                     "bytes",
                     query(of("process_resident_memory_bytes", where=SERVER), "{{instance}}"),
                     query(of("tta_device_memory_bytes", where=SERVER), "{{instance}} {{device}} {{kind}}"),
-                    span=6,
+                    span=12,
                 ),
                 graph(
                     "Processor",
                     "Cores that the server's process keeps busy.",
                     "short",
                     query(rate("process_cpu_seconds_total", where=SERVER), "{{instance}}"),
-                    span=6,
+                    span=12,
                 ),
                 rows(
                     "What runs",

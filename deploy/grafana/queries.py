@@ -25,6 +25,7 @@ STREAM = f'{MODEL},tenant=~"$tenant",stream=~"$stream"'
 PREDICTS = 'route=~".+/(predict|infer)"'
 KNOWN = 'verdict!="unknown"'
 RESET = 'kind="reset"'
+FETCH = 'operation="fetch"'
 ALERTS = f'ALERTS{{{SERVER},alertname=~"Tta.+",alertstate="firing"}}'
 
 VERDICTS = {"near source": GREEN, "changing": YELLOW, "drifted": RED, "unknown": GREY}

@@ -28,9 +28,10 @@ from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine, initial_state
 from tta_server.engine.norm import Pass
 from tta_server.engine.source import SourceModel, load_model
-from tta_server.errors import StepFailed
+from tta_server.errors import TtaError
 from tta_server.policies import make_policy
 from tta_server.settings import Settings
+from tta_server.state.memory import Budget
 from tta_server.state.store import StateStore
 from tta_server.types import Answer, Job, JobStats, Lane, Plan, Stream
 
@@ -310,7 +311,7 @@ class Server:
 
     def __init__(self, policy: Policy, subject: Subject, slots: int = 8, shadow_ratio: float = 0.0) -> None:
         self.lane = Lane(subject.model.name, policy)
-        self.store = StateStore(slots, CPU)
+        self.store = StateStore(Budget(slots), CPU)
         self.engine = Engine({subject.model.name: subject.model}, self.store, Monitor(20.0), shadow_ratio)
         self.policy, self.subject = policy, subject
         self.streams: dict[str, Stream] = {}
@@ -322,13 +323,13 @@ class Server:
             self.streams[name] = Stream(name, self.subject.model.name, self.policy, stream_key(name), created=0.0)
         return self.streams[name]
 
-    def step(self, inputs: Mapping[str, Tensor]) -> dict[str, Answer | StepFailed]:
+    def step(self, inputs: Mapping[str, Tensor]) -> dict[str, Answer | TtaError]:
         """One engine step with a request of each stream named in ``inputs``; the answers by stream."""
         jobs = {name: Job(self.stream(name), done=_never, lane=self.lane, x=x) for name, x in inputs.items()}
         names = {job.number: name for name, job in jobs.items()}
-        answers: dict[str, Answer | StepFailed] = {}
+        answers: dict[str, Answer | TtaError] = {}
 
-        def answer(job: Job, result: Answer | StepFailed) -> None:
+        def answer(job: Job, result: Answer | TtaError) -> None:
             assert names[job.number] not in answers, "a job was answered twice"
             answers[names[job.number]] = result
 

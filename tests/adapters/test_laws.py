@@ -184,7 +184,7 @@ def test_reset_makes_a_new_stream(case: Case, seed: int) -> None:
     for step in range(3):
         used.logits({"a": case.inputs(seed, step, (4,))[0], "b": case.inputs(seed, step + 10, (2,))[0]})
     bystander = flat(used.state("b"))
-    used.engine.reset(used.stream("a").lane, used.stream("a"))
+    used.engine.reset(used.lane, used.lane, used.stream("a"))
     assert used.stream("a").version == 0
     assert_same(flat(used.state("a")), flat(case.subject.init(case.policy)))
     assert_same(flat(used.state("b")), bystander)

@@ -405,6 +405,6 @@ def test_the_engine_draws_by_stream_and_version() -> None:
     assert_same(server.state("a").memory, expected("a", 1))
     server.step({"a": x})
     assert_same(server.state("a").memory, expected("a", 2))
-    server.engine.reset(server.stream("b").lane, server.stream("b"))
+    server.engine.reset(server.lane, server.lane, server.stream("b"))
     server.step({"b": x})
     assert_same(server.state("b").memory, expected("b", 0))

@@ -29,7 +29,7 @@ from tta_server.demo.run import CONFIG
 from tta_server.settings import load_settings
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
-UNITS = {"none", "short", "percentunit", "s", "bytes", "reqps", "ops", "cps", "cpm"}
+UNITS = {"none", "short", "percentunit", "s", "bytes", "Bps", "reqps", "ops", "cps", "cpm"}
 """Of Grafana's, those in use here."""
 COUNTING = {"rate", "irate", "increase"}
 OF_PROMETHEUS = {"up", "ALERTS"}

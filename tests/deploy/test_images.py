@@ -128,6 +128,15 @@ def test_images_run_without_root(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_the_user_owns_the_folder_that_states_are_stored_in(target: str) -> None:
+    """Also where a volume of Docker's is mounted on it, which begins as a copy."""
+    (folder,) = [volume.split(":")[1] for volume in services()["server"]["volumes"] if volume.startswith("state:")]
+    made = [one.rest for one in of_image(target) if one.word == "RUN" and folder in one.rest]
+    assert made
+    assert re.search(rf"install --directory --owner tta --group tta [^&]*{folder}$", made[-1])
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_both_stages_of_an_image_are_of_one_python(target: str) -> None:
     """The environment that one makes and the other runs links to the base image's interpreter."""
     (source,) = [one.rest for one in of_image(target) if one.word == "COPY"]

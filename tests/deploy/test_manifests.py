@@ -90,6 +90,14 @@ def test_compose_shows_nothing_to_other_machines(compose: Yaml) -> None:
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
+def test_compose_server_stores_streams_on_a_volume_and_has_the_time_to_save_them(compose: Yaml, tokens: None) -> None:
+    server, settings = compose["services"]["server"], load_settings(DEPLOY / "demo.yaml")
+    mounts = dict(volume.split(":")[:2] for volume in server["volumes"])
+    (name,) = [source for source, target in mounts.items() if target == settings.state.folder]
+    assert name in compose["volumes"]
+    assert int(server["stop_grace_period"].removesuffix("s")) > longest_shutdown(settings)
+
+
 def test_compose_services_find_their_files_and_images(compose: Yaml) -> None:
     built = {service["image"] for service in compose["services"].values() if "build" in service}
     for name, service in compose["services"].items():
@@ -184,6 +192,11 @@ def with_host(settings: Settings, host: str) -> Settings:
     return settings.model_copy(update={"server": settings.server.model_copy(update={"host": host})})
 
 
+def longest_shutdown(settings: Settings) -> float:
+    """Seconds that the server may take to end, see ``app.serve``."""
+    return math.ceil(settings.limits.drain_seconds + HANGS + settings.state.flush_seconds) + 5
+
+
 def ports(container: Yaml) -> dict[str, int]:
     return {port["name"]: port["containerPort"] for port in container["ports"]}
 
@@ -234,9 +247,16 @@ def test_pod_runs_the_config_of_its_config_map(tokens: None, stateful: Yaml, ser
 
 
 def test_pod_has_the_time_that_a_shutdown_takes(tokens: None, stateful: Yaml, server: Yaml) -> None:
-    limits = load_settings(BASE / "config.yaml").limits
-    longest = server["lifecycle"]["preStop"]["sleep"]["seconds"] + math.ceil(limits.drain_seconds + HANGS) + 5
+    longest = server["lifecycle"]["preStop"]["sleep"]["seconds"] + longest_shutdown(load_settings(BASE / "config.yaml"))
     assert stateful["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > longest
+
+
+def test_pod_stores_streams_on_its_volume(tokens: None, server: Yaml) -> None:
+    (data,) = [mount for mount in server["volumeMounts"] if mount["name"] == "data"]
+    folder = load_settings(BASE / "config.yaml").state.folder
+    assert folder is not None
+    assert Path(folder).is_relative_to(data["mountPath"])
+    assert not data.get("readOnly", False)
 
 
 def test_pod_may_do_little(stateful: Yaml, server: Yaml) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.deploy.promql import BOARDS, DEPLOY, Json, read_board, rules, selectors, series
+from tests.deploy.promql import BOARDS, DEPLOY, Json, family, read_board, rules, selectors, series
 
 PROMETHEUS = DEPLOY / "prometheus"
 RUNBOOKS = DEPLOY.parent / "docs" / "runbooks.md"
@@ -73,7 +73,7 @@ def test_recorded_series_are_named_by_rule_and_read() -> None:
     read = {name for kind in ("record", "alert") for rule in rules(kind) for name in series(rule["expr"])}
     for rule in rules("record"):
         level, metric, operations = rule["record"].split(":")
-        assert re.fullmatch(r"instance_model(_\w+)?", level)
+        assert re.fullmatch(r"instance(_\w+)?", level)
         # Of which metric it is: the name without _total, when it is a rate.
         sources = {name.removesuffix("_total") for name in series(rule["expr"])}
         assert any(source.split(":")[1 if ":" in source else 0].removesuffix("_bucket") in metric for source in sources)
@@ -85,5 +85,6 @@ def test_counters_are_rated_and_streams_of_now_are_not() -> None:
     for rule in (*rules("record"), *rules("alert")):
         for selector, calls in selectors(rule["expr"]):
             name = selector.name or ""
-            counts = name.endswith("_total") or (name.endswith("_bucket") and not name.startswith("tta_streams_"))
+            of_now = name == family(name) or name.startswith("tta_streams_")
+            counts = name.endswith("_total") or not of_now
             assert counts == (not {"rate", "increase"}.isdisjoint(calls)), f"{name} in {rule['expr']}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -25,11 +24,13 @@ from tta_server.demo.client import npy
 from tta_server.demo.corruptions import CORRUPTIONS
 from tta_server.demo.data import held_out
 from tta_server.demo.run import CONFIG
+from tta_server.state.records import Shutdown
+from tta_server.state.sqlite import SqliteStore
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy" / "prometheus"
 WAIT_SECONDS = 60.0
-ROUNDS, ROWS = 40, 32
+ROUNDS, ROWS, SLOTS = 40, 32, 4
 DRIFTING = {f"drifting-{name}": name for name in ("noise", "blur", "contrast", "rotation")}
 CLEAN = [f"clean-{index}" for index in range(4)]
 SOURCE_ONLY = "frozen"
@@ -38,7 +39,9 @@ CHOOSY = "choosy"
 """A clean stream of a policy that chooses among samples."""
 WINDOW = "20s"
 """For Grafana's ``$__rate_interval``: a few scrapes, as there."""
-NOTHING_TO_SHOW = {"tta_device_memory_bytes": "no CUDA device"}
+NOTHING_TO_SHOW = {
+    "tta_device_memory_bytes": "no CUDA device",
+}
 """Families of which no server has series without the thing named."""
 
 pytestmark = pytest.mark.skipif(
@@ -57,6 +60,11 @@ class Scene:
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
         """What it gives now: labels and value."""
         return [(one["metric"], float(one["value"][1])) for one in self._ask("query", query=expression)]
+
+    def value(self, expression: str) -> float:
+        """Of the one series that it gives now."""
+        ((_, value),) = self.query(expression)
+        return value
 
     def has_shown(self, expression: str) -> bool:
         """Whether a graph of it since the beginning has any points. NaN, a quantile of nothing, is none."""
@@ -103,17 +111,31 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.wait()
 
 
-def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+def address(process: subprocess.Popen[bytes], log: Path, before: str) -> str:
+    """Host and port, which the log of a process that was told to find one says behind ``before``."""
+    found: list[str] = []
+
+    def listens() -> bool:
+        assert process.poll() is None, log.read_text()
+        found[:] = re.findall(rf"{before}(127[\d.]+:\d+)", log.read_text())
+        return bool(found)
+
+    wait_for(f"where {process.args!r} listens", listens)
+    return found[0]
 
 
 def prepare_server(folder: Path) -> Path:
-    """The demo's config, but with every request measured."""
+    """The demo's config, but with every request measured, and with a store: one that had an owner before, and that most
+    states are in, since there is no room in memory."""
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     for file in CONFIG.parent.glob("*.safetensors"):
         shutil.copy(file, folder)
     config["monitor"] = {"shadow_ratio": 1.0, "frozen_ratio": 1.0, "watched": [CLEAN[0]]}
+    config["state"] = {"folder": "states"}
+    config["limits"] = {"slots": SLOTS, "host_bytes": 10_000}
+    before = SqliteStore(folder / "states")
+    before.acquire()
+    before.close(Shutdown(clean=True))
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
@@ -156,34 +178,26 @@ def drive(server: httpx.Client, rounds: int, drifts_at: int = 0) -> None:
 @contextmanager
 def scraped(folder: Path) -> Iterator[Scene]:
     """A server, and a Prometheus that scrapes it."""
-    command = [sys.executable, "-m", "tta_server", "serve", str(prepare_server(folder)), "--port", "0"]
-    log = folder / "server.log"
-    with running(command, log) as process:
-        found: list[str] = []
-
-        def listens() -> bool:
-            assert process.poll() is None, log.read_text()
-            found[:] = re.findall(r"running on http://([\d.]+:\d+)", log.read_text())
-            return bool(found)
-
-        wait_for("the server's address", listens)
-        address = free_address()
-        command = [
+    serve = [sys.executable, "-m", "tta_server", "serve", str(prepare_server(folder)), "--port", "0"]
+    with running(serve, folder / "server.log") as process:
+        target = address(process, folder / "server.log", "running on http://")
+        scrape = [
             "prometheus",
-            f"--config.file={prepare_prometheus(folder, found[0])}",
+            f"--config.file={prepare_prometheus(folder, target)}",
             f"--storage.tsdb.path={folder / 'series'}",
-            f"--web.listen-address={address}",
+            "--web.listen-address=127.0.0.1:0",
         ]
-        with (
-            running(command, folder / "prometheus.log"),
-            httpx.Client(base_url=f"http://{found[0]}", timeout=WAIT_SECONDS) as server,
-            httpx.Client(base_url=f"http://{address}", timeout=WAIT_SECONDS) as prometheus,
-        ):
-            wait_for("a ready server", lambda: ready(server, "/v2/health/ready"))
-            wait_for("a ready Prometheus", lambda: ready(prometheus, "/-/ready"))
-            scene = Scene(server, prometheus, time.time())
-            wait_for("a first scrape", lambda: [up for _, up in scene.query("up")] == [1, 1])
-            yield scene
+        with running(scrape, folder / "prometheus.log") as process:
+            asked = address(process, folder / "prometheus.log", 'msg="Listening on" address=')
+            with (
+                httpx.Client(base_url=f"http://{target}", timeout=WAIT_SECONDS) as server,
+                httpx.Client(base_url=f"http://{asked}", timeout=WAIT_SECONDS) as prometheus,
+            ):
+                wait_for("a ready server", lambda: ready(server, "/v2/health/ready"))
+                wait_for("a ready Prometheus", lambda: ready(prometheus, "/-/ready"))
+                scene = Scene(server, prometheus, time.time())
+                wait_for("a first scrape", lambda: [up for _, up in scene.query("up")] == [1, 1])
+                yield scene
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +263,25 @@ def test_the_drift_alert_fires_for_the_streams_that_drift(scene: Scene) -> None:
     assert {alert["job"] for alert in alerts} == {"tta-server"}
     verdicts = {labels["stream"]: value for labels, value in scene.query('tta_stream_drifted{job="tta-server"}')}
     assert verdicts == dict.fromkeys(DRIFTING, 1) | dict.fromkeys([*CLEAN, SOURCE_ONLY, CHOOSY], 0)
+
+
+def test_states_are_saved_and_move_through_all_tiers(scene: Scene) -> None:
+    wait_for("everything saved", lambda: scene.value("tta_state_unsaved_streams") == 0)
+    assert scene.value("tta_state_store_up") == 1
+    assert scene.value('tta_state_saves_total{result="saved"}') >= len(DRIFTING)
+    assert scene.value("tta_state_saved_bytes_total") > 0
+    tiers = {labels["tier"]: value for labels, value in scene.query("tta_stream_states")}
+    assert tiers["device"] == SLOTS
+    assert min(tiers["host"], tiers["disk"]) > 0
+    assert sum(tiers.values()) == len([*DRIFTING, *CLEAN, CHOOSY]), "the one that does not adapt has none"
+    for moves in (
+        "tta_stream_evictions_total",
+        "tta_stream_page_outs_total",
+        'tta_stream_page_ins_total{kind="waited"}',
+    ):
+        assert scene.value(moves) > ROUNDS, moves
+    fetches = scene.value('tta_state_duration_seconds_count{operation="fetch"}')
+    assert fetches == scene.value('tta_stream_page_ins_total{kind="waited"}')
 
 
 def test_nothing_else_is_alarmed(scene: Scene) -> None:

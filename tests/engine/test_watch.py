@@ -26,6 +26,7 @@ from tta_server.engine.engine import Engine
 from tta_server.engine.source import SourceModel, load_model
 from tta_server.engine.watch import SOURCE_PATH
 from tta_server.settings import load_settings
+from tta_server.state.memory import Budget
 from tta_server.state.store import StateStore
 from tta_server.types import Answer, Job, Lane, Origin, Plan, StepStats, Stream
 
@@ -36,7 +37,7 @@ SHARES = {"label_divergence", "label_psi"}
 
 
 def make_engine(model: SourceModel, shadow: float = 1.0, frozen: float = 1.0, monitored: bool = True) -> Engine:
-    return Engine({model.name: model}, StateStore(64, CPU), Monitor(20.0), shadow, frozen, monitored)
+    return Engine({model.name: model}, StateStore(Budget(64), CPU), Monitor(20.0), shadow, frozen, monitored)
 
 
 def make_stream(model: SourceModel, policy: Policy, id: str = "s", adapt: bool = True) -> Stream:

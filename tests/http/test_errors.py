@@ -184,7 +184,10 @@ async def test_bodies_that_are_not_requests(refusing: Server, path: str, body: b
         (v2() | {"parameters": {"tta_seq": 1.0}}, "tta_seq must be int"),
         (v2() | {"parameters": {"tta_seq": -1, "sequence_id": 1}}, "tta_seq must not be negative"),
         (v2() | {"parameters": {"tta_seq": 1}}, "needs a stream"),
-        (v2() | {"parameters": {"tta_sec": 1}}, "no parameter 'tta_sec'; there are: tta_adapt, tta_policy, tta_seq"),
+        (
+            v2() | {"parameters": {"tta_sec": 1}},
+            "no parameter 'tta_sec'; there are: tta_adapt, tta_policy, tta_durability, tta_seq",
+        ),
         (v2() | {"parameters": {"tta_": 0, "tta_adapt": False}}, "no parameter 'tta_'; there are"),
         (v2() | {"parameters": {"timeout": "soon"}}, "timeout must be int"),
         (v2() | {"parameters": {"timeout": -1}}, "timeout"),

@@ -26,6 +26,7 @@ from tests.http.conftest import (
 )
 from tests.serving import CLASSES, MODEL, Gate, let_pass, rows, tiny_network
 from tta_server.http.infer import HEADER_LENGTH
+from tta_server.state.keeper import Done
 from tta_server.types import Lane, Stream
 
 pytestmark = pytest.mark.anyio
@@ -385,7 +386,7 @@ async def test_start_and_end_in_one_request(server: Server) -> None:
     assert (answer["parameters"]["stream_id"], answer["parameters"]["state_version"]) == ("s", 0)
     await server.json("GET", "/v1/streams/s", 404)
     await server.settled()
-    assert server.service.levels().states == {"device": (0, 0), "host": (0, 0)}
+    assert server.service.levels().states == dict.fromkeys(("device", "host", "disk"), (0, 0))
 
 
 async def test_a_request_that_is_not_the_first_begins_no_other_stream(server: Server) -> None:
@@ -487,9 +488,9 @@ async def test_two_starts_at_once_are_both_fresh(server: Server, monkeypatch: py
     gate, engine = Gate(), server.runner.engine
     drop = engine.drop
 
-    def slow_drop(lane: Lane, stream: Stream) -> None:
+    def slow_drop(lane: Lane, stream: Stream, done: Done) -> None:
         gate.pass_through()
-        drop(lane, stream)
+        drop(lane, stream, done)
 
     monkeypatch.setattr(engine, "drop", slow_drop)
     first = asyncio.create_task(server.infer(rows(4), sequence_id="s", sequence_start=True))

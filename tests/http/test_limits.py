@@ -353,7 +353,7 @@ async def test_a_refused_number_can_be_sent_again(loaded: Loaded) -> None:
 
 async def test_the_longest_wait(loaded: Loaded) -> None:
     async with running(loaded, limits={"queue_seconds": 0.01}) as server:
-        await server.adapt()
+        await server.open("s")
         async with untouched(server):
             gate = await server.hold()
             for response in (

@@ -105,17 +105,21 @@ async def test_every_answer_fits_its_documented_schema(server: Server) -> None:
     for id in ("s", "t"):
         await server.open(id)
     x = rows(2)
+    await server.json("POST", "/v1/streams/s/snapshots", 201, json={"name": "a"})
+    file = (await server.client.get("/v1/streams/s/state")).content
     classification = infer_body(x, outputs=["logits"])
     classification["outputs"][0]["parameters"] = {"classification": 2}
     calls: dict[tuple[str, str], dict[str, Any]] = {
         ("patch", "/v1/streams/{id}"): {"json": {"adapt": True}},
         ("get", "/v1/streams"): {"params": {"limit": 1}},
+        ("post", "/v1/streams/{id}/rollback"): {"json": {"snapshot": "a"}},
+        ("put", "/v1/streams/{id}/state"): {"content": file},
         ("post", "/v1/streams/{id}/predict"): {
             "json": {"inputs": x.tolist()}, "params": {"top_k": 2, "output": "logits"},
         },
         ("post", "/v2/models/{name}/infer"): {"json": classification | {"id": "7"}},
         ("post", "/v2/models/{name}/versions/{version}/infer"): {
-            "json": infer_body(x, sequence_id="s", sequence_start=True)
+            "json": infer_body(x, sequence_id="t", sequence_start=True)
         },
     }  # fmt: skip
     called = set()
@@ -137,6 +141,7 @@ async def test_every_answer_fits_its_documented_schema(server: Server) -> None:
     assert calls.keys() <= called
     without_json = {"/metrics", "/metrics/streams", "/v1/events", "/v1/live"} | {
         "/v2/repository/models/{name}/load", "/v2/repository/models/{name}/unload",
+        "/v1/streams/{id}/snapshots/{name}", "/v1/streams/{id}/fork",
     }  # fmt: skip
     assert {path for _, path in called} == document["paths"].keys() - without_json
 
@@ -152,6 +157,7 @@ async def test_the_documentation_page_is_served(server: Server) -> None:
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "8"))
 """Per operation and way. ``make fuzz`` asks for many more."""
+FILE = "application/octet-stream"
 KNOWN = {"name": MODEL, "id": "s", "version": "1"}
 """Names that mean something, which no chance would hit upon."""
 
@@ -168,8 +174,8 @@ def made_up(operation: Any) -> Iterator[SearchStrategy[Case[Any]]]:
     """Requests that fit the document and ones that do not, about things that are there and ones that are not."""
     known: dict[str, str] = {one.name: KNOWN[one.name] for one in operation.path_parameters}
     for mode in GenerationMode:
-        # Every text fits as a name in a path.
-        if mode.is_positive or operation.query or operation.body:
+        # Every text fits as a name in a path, and any bytes as a file.
+        if mode.is_positive or operation.query or any(one.media_type != FILE for one in operation.body):
             yield operation.as_strategy(mode)
             # A model is not loaded again and again, and stays loaded.
             if known and "/repository/" not in operation.path:

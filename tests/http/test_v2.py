@@ -19,7 +19,8 @@ BOTH_PATHS = pytest.mark.parametrize("path", [f"/v2/models/{MODEL}", f"/v2/model
 
 async def test_health(server: Server) -> None:
     assert await server.json("GET", "/v2/health/live") == {"live": True}
-    assert await server.json("GET", "/v2/health/ready") == {"ready": True}
+    told = {"ready": True, "state": {"stored": False, "problem": None}}
+    assert await server.json("GET", "/v2/health/ready") == told, "streams end with this server"
 
 
 async def test_a_draining_server_is_alive_but_not_ready(loaded: Loaded) -> None:

@@ -15,6 +15,8 @@ from tta_server.drift.reference import TABLED, Reference
 from tta_server.drift.signals import ClassFeatures
 from tta_server.metrics.prometheus import PrometheusRecorder
 from tta_server.metrics.scrape import MOST_WATCHED, Levels, Watchlist, matcher
+from tta_server.state.keeper import Keeping, Tally
+from tta_server.state.memory import Budget
 from tta_server.types import Stream
 
 SIZES = (1, 8, 64)
@@ -31,9 +33,9 @@ class Fleet:
     def __init__(self, watched: Sequence[str] = (), worst: int = 3) -> None:
         self.monitor, self.streams = Monitor(1.0), list[Stream]()
         self.watchlist = Watchlist(watched, worst)
-        self.recorder = PrometheusRecorder(
-            lambda: Levels(0, self.streams, {}, 0, {"m": "d"}, {"m": True}), self.monitor, self.watchlist
-        )
+        keeping = Keeping(False, "", False, 0, 0, Tally(), None, 0)
+        levels = Levels(0, self.streams, {}, 0, 0, keeping, {"m": "d"}, {"m": True}, Budget())
+        self.recorder = PrometheusRecorder(lambda: levels, self.monitor, self.watchlist)
 
     def add(self, *ids: str, tenant: str = "t") -> list[Stream]:
         made = [Stream(id, "m", Tent(), 0, 0.0, tenant=tenant) for id in ids]

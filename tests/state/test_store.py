@@ -16,6 +16,7 @@ from torch import Tensor
 from adapters.base import State
 from tests.adapters.networks import assert_same, flat, join, take
 from tta_server.policies import make_policy
+from tta_server.state.memory import Budget
 from tta_server.state.slots import HostRows, Layout, Packed, SlotPool
 from tta_server.state.store import Lease, StateStore
 from tta_server.types import Lane, Stream
@@ -49,7 +50,7 @@ def make_stream(name: str, lane: Lane = LANE) -> Stream:
 
 
 def make_store(slots: int = 2) -> StateStore:
-    store = StateStore(slots, CPU)
+    store = StateStore(Budget(slots), CPU)
     store.add_lane(LANE, INITIAL)
     return store
 
@@ -196,10 +197,10 @@ def test_the_stream_used_longest_ago_makes_room() -> None:
 def test_counts_follow_the_tiers() -> None:
     """Streams and bytes on the device and in host memory."""
     store = make_store(slots=2)
-    assert store.counts() == {"device": (0, 0), "host": (0, 0)}
+    assert store.counts() == {"device": (0, 0), "host": (0, 0), "disk": (0, 0)}
     for index, name in enumerate("abc"):
         commit(store, {make_stream(name): make_state(float(index))})
-    assert store.counts() == {"device": (2, 2 * BYTES), "host": (1, BYTES)}
+    assert store.counts() == {"device": (2, 2 * BYTES), "host": (1, BYTES), "disk": (0, 0)}
 
 
 def test_a_leased_stream_is_not_evicted() -> None:
@@ -306,7 +307,7 @@ def test_drop_gives_the_slot_back() -> None:
     commit(store, {b: make_state(2.0)})
     store.drop(LANE, b)
     assert store.has_lane(LANE)
-    assert store.counts() == {"device": (0, 0), "host": (1, BYTES)}
+    assert store.counts() == {"device": (0, 0), "host": (1, BYTES), "disk": (0, 0)}
     store.check_integrity()
     store.drop(LANE, a)
     assert not store.has_lane(LANE)
@@ -424,7 +425,7 @@ def test_a_pool_survives_a_growth_that_fails(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_policy_without_state_takes_no_room() -> None:
     """The store says so, and its export is empty."""
-    store = StateStore(2, CPU)
+    store = StateStore(Budget(2), CPU)
     store.add_lane(LANE, State({}, {}))
     assert not store.has_state(LANE)
     assert flat(store.export(LANE, make_stream("a"))) == {}
@@ -520,7 +521,7 @@ def test_a_stream_that_has_not_committed_takes_nothing_along() -> None:
     assert store.move(LANE, SAME, a) is True
     store.check_integrity()
     assert_same(held(store, a, SAME), flat(make_state(-5.0)))
-    assert store.counts() == {"device": (0, 0), "host": (0, 0)}
+    assert store.counts() == {"device": (0, 0), "host": (0, 0), "disk": (0, 0)}
 
 
 @pytest.mark.parametrize("what", misfits())
@@ -567,7 +568,11 @@ def test_host_memory_holds_many_states_and_reuses_their_room() -> None:
     def check() -> None:
         for stream, value in values.items():
             assert_same(held(store, stream), flat(make_state(value)))
-        assert store.counts() == {"device": (2, 2 * BYTES), "host": (len(values) - 2, (len(values) - 2) * BYTES)}
+        assert store.counts() == {
+            "device": (2, 2 * BYTES),
+            "host": (len(values) - 2, (len(values) - 2) * BYTES),
+            "disk": (0, 0),
+        }
 
     add(150)
     check()
@@ -595,7 +600,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.store = StateStore(self.SLOTS, CPU)
+        self.store = StateStore(Budget(self.SLOTS), CPU)
         self.lanes = {LANE: make_state(-1.0), OTHER: make_state(-2.0)}
         self.streams = [make_stream(f"a{i}", LANE) for i in range(5)] + [make_stream(f"b{i}", OTHER) for i in range(2)]
         self.states: dict[Stream, State] = {}

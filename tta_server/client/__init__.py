@@ -88,6 +88,17 @@ class Client:
         """
         return Stream(self, self._call(core.ask("PUT", core.stream_path(id), wanted)))
 
+    def restore(self, id: str, file: bytes) -> Stream:
+        """Gives a stream the state of a file that :meth:`Stream.export` made, and makes the stream where there is none.
+
+        Raises ``Conflict`` where the server has not the file's model, or the stream another policy or other settings.
+        """
+        return Stream(self, self._call(core.put(core.stream_path(id), file)))
+
+    def state(self) -> Json:
+        """How the server stores streams, and what keeps it from that."""
+        return self._call(core.ask("GET", "/v1/state"))
+
     def predict(self, images: ArrayLike, *, model: str | None = None, timeout: float | None = None) -> Answer:
         """What the plain source model says to ``images``, see :meth:`Stream.predict`."""
         model = model or core.only_one(self.models())
@@ -95,7 +106,7 @@ class Client:
 
     def _call(self, call: core.Call[T]) -> T:
         attempt, outcome = 0, self._send(call)
-        while attempt < self._retries and (pause := core.pause(outcome, attempt)) is not None:
+        while attempt < self._retries and (pause := core.pause(outcome, attempt, call.repeats)) is not None:
             self._sleep(pause)
             attempt, outcome = attempt + 1, self._send(call)
         return core.result(call, outcome, attempt)
@@ -134,6 +145,31 @@ class Stream(core.Numbered):
     def reset(self) -> Json:
         """Takes the stream back to the source model; returns what it is then."""
         return self._call(core.ask("POST", f"{self._path}/reset"))
+
+    def snapshots(self) -> list[Json]:
+        """The states of the stream that the server keeps, the newest first."""
+        return self._call(core.everything("snapshots", self._path))
+
+    def mark(self, name: str) -> Json:
+        """Has the state kept under a name. Raises ``Conflict`` for one that is taken."""
+        return self._call(core.ask("POST", f"{self._path}/snapshots", {"name": name}, repeats=False))
+
+    def unmark(self, name: str) -> None:
+        """Takes a name off a state, if it has not gone already."""
+        with suppress(UnknownName):
+            self._call(core.ask("DELETE", core.snapshot_path(self._path, name)))
+
+    def rollback(self, snapshot: str | None = None, *, version: int | None = None) -> Json:
+        """Takes the stream back to a state that is kept, by its name or its version; returns what it is then."""
+        return self._call(core.ask("POST", f"{self._path}/rollback", core.target(snapshot, version)))
+
+    def fork(self, id: str) -> Stream:
+        """Copies the stream to a new id. Raises ``Conflict`` for one that is taken."""
+        return Stream(self._server, self._call(core.ask("POST", f"{self._path}/fork", {"id": id}, repeats=False)))
+
+    def export(self) -> bytes:
+        """The state as a file: safetensors, for :meth:`Client.restore` there or on another server."""
+        return self._call(core.export(self._path))
 
     def close(self) -> None:
         """Makes the server forget the stream, if it has not already."""
@@ -188,13 +224,19 @@ class AsyncClient:
     async def stream(self, id: str, **wanted: Unpack[Wanted]) -> AsyncStream:
         return AsyncStream(self, await self._call(core.ask("PUT", core.stream_path(id), wanted)))
 
+    async def restore(self, id: str, file: bytes) -> AsyncStream:
+        return AsyncStream(self, await self._call(core.put(core.stream_path(id), file)))
+
+    async def state(self) -> Json:
+        return await self._call(core.ask("GET", "/v1/state"))
+
     async def predict(self, images: ArrayLike, *, model: str | None = None, timeout: float | None = None) -> Answer:
         model = model or core.only_one(await self.models())
         return await self._call(core.infer(model, images, timeout, {"tta_adapt": False}))
 
     async def _call(self, call: core.Call[T]) -> T:
         attempt, outcome = 0, await self._send(call)
-        while attempt < self._retries and (pause := core.pause(outcome, attempt)) is not None:
+        while attempt < self._retries and (pause := core.pause(outcome, attempt, call.repeats)) is not None:
             await self._sleep(pause)
             attempt, outcome = attempt + 1, await self._send(call)
         return core.result(call, outcome, attempt)
@@ -225,6 +267,26 @@ class AsyncStream(core.Numbered):
 
     async def reset(self) -> Json:
         return await self._call(core.ask("POST", f"{self._path}/reset"))
+
+    async def snapshots(self) -> list[Json]:
+        return await self._call(core.everything("snapshots", self._path))
+
+    async def mark(self, name: str) -> Json:
+        return await self._call(core.ask("POST", f"{self._path}/snapshots", {"name": name}, repeats=False))
+
+    async def unmark(self, name: str) -> None:
+        with suppress(UnknownName):
+            await self._call(core.ask("DELETE", core.snapshot_path(self._path, name)))
+
+    async def rollback(self, snapshot: str | None = None, *, version: int | None = None) -> Json:
+        return await self._call(core.ask("POST", f"{self._path}/rollback", core.target(snapshot, version)))
+
+    async def fork(self, id: str) -> AsyncStream:
+        call = core.ask("POST", f"{self._path}/fork", {"id": id}, repeats=False)
+        return AsyncStream(self._server, await self._call(call))
+
+    async def export(self) -> bytes:
+        return await self._call(core.export(self._path))
 
     async def close(self) -> None:
         with suppress(UnknownName):

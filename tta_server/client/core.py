@@ -1,8 +1,10 @@
 """What the client knows without sending anything: requests, how answers are read, and what is sent again.
 
-**Every call may be sent again.** The server carries out a numbered prediction once and answers repeats from memory, so
-a lost answer costs no second adaptation. Predictions without a stream never adapt. Opening, changing, resetting or
-closing a stream twice is the same as once, since its object sends nothing else in between.
+**Every call may be sent again, but two.** The server carries out a numbered prediction once and answers repeats from
+memory, so a lost answer costs no second adaptation. Predictions without a stream never adapt. Opening, changing,
+resetting, rolling back, importing or closing a stream twice is the same as once, since its object sends nothing else in
+between. The two are a new snapshot and a fork, whose name the first attempt takes. They are sent again where the server
+refused them or cannot be reached; where their answer is lost the caller is told.
 
 **A number is for one array only.** A prediction that failed does not give its number back, for the server may have
 carried it out all the same; the next one takes the next number, and the gap does no harm.
@@ -13,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, TypedDict, TypeVar
 from urllib.parse import quote
@@ -51,8 +53,15 @@ DATATYPES = {
     **{"i1": "INT8", "i2": "INT16", "i4": "INT32", "i8": "INT64", "f8": "FP64"},
 }
 """The protocol's names of numpy's kinds and sizes in bytes."""
+FILE = "application/octet-stream"
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 """Seconds: the most before the second attempt, without a Retry-After, and the most before any."""
+
+
+UNSENT = httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout
+"""After these the server has not seen the request."""
+UNFIT = httpx.UnsupportedProtocol, httpx.LocalProtocolError
+"""After these it never will."""
 
 
 class NoAnswer(errors.TtaError):
@@ -65,6 +74,8 @@ class Change(TypedDict, total=False):
     adapt: bool
     policy: str
     settings: Json
+    durability: str | Json
+    """``none``, ``async`` or ``sync``; or ``{"mode": "async", "steps": 16, "seconds": 5}``."""
 
 
 class Wanted(Change, total=False):
@@ -105,6 +116,11 @@ class Answer:
     """The stream in words before this request: ``near source``, ``drifted``, ``changing``, ``unknown``."""
     agreement: float | None
     """Share of sampled rows so far with the source model's class."""
+    unsaved_steps: int | None = None
+    """How many of the stream's changes up to this version a crash of the server would have cost when the answer left;
+    ``None`` where the stream is not stored."""
+    lost_steps: int = 0
+    """Steps that a crash of the server cost the stream, told once, in the first answer after it."""
 
     @property
     def classes(self) -> NDArray[np.intp]:
@@ -127,17 +143,47 @@ class Call(Generic[T]):
     read: Callable[[httpx.Response, int], T]
     content: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
+    repeats: bool = True
+    """Whether carrying it out twice is the same as once."""
 
 
-def ask(method: str, path: str, body: Change | None = None) -> Call[Json]:
+def ask(method: str, path: str, body: Change | Json | None = None, repeats: bool = True) -> Call[Json]:
     """A call with JSON, or nothing, in both directions."""
     content = b"" if body is None else orjson.dumps(body)
-    return Call(method, path, lambda response, _: dict(orjson.loads(response.content or b"{}")), content)
+    return Call(
+        method, path, lambda response, _: dict(orjson.loads(response.content or b"{}")), content, repeats=repeats
+    )
 
 
-def everything(what: str) -> Call[list[Json]]:
-    """A call for all ``models`` or ``policies``."""
-    return Call("GET", f"/v1/{what}", lambda response, _: list(orjson.loads(response.content)[what]))
+def everything(what: str, path: str = "/v1") -> Call[list[Json]]:
+    """A call for all ``models``, ``policies`` or, of the stream at ``path``, ``snapshots``."""
+    return Call("GET", f"{path}/{what}", lambda response, _: list(orjson.loads(response.content)[what]))
+
+
+def export(path: str) -> Call[bytes]:
+    """A call for the file of a stream's state."""
+
+    def read(response: httpx.Response, attempt: int) -> bytes:
+        if response.headers["Content-Type"] != FILE:
+            raise ValueError(f"it is {response.headers['Content-Type']}")
+        return response.content
+
+    return Call("GET", f"{path}/state", read)
+
+
+def put(path: str, file: bytes) -> Call[Json]:
+    """A call that gives a stream the state of a file."""
+    return replace(ask("PUT", f"{path}/state"), content=file, headers={"Content-Type": FILE})
+
+
+def snapshot_path(path: str, name: str) -> str:
+    """Where a stream's snapshot is."""
+    return f"{path}/snapshots/{quote(name, safe='')}"
+
+
+def target(snapshot: str | None, version: int | None) -> Json:
+    """Where to roll back to."""
+    return {key: value for key, value in (("snapshot", snapshot), ("version", version)) if value is not None}
 
 
 def page(only: Filters, cursor: str | None) -> Call[tuple[list[Json], str | None]]:
@@ -194,9 +240,11 @@ def infer(model: str, images: ArrayLike, timeout: float | None, controls: Json) 
             drift=report.get("drift"),
             verdict=report.get("verdict"),
             agreement=report.get("agreement"),
+            unsaved_steps=report.get("unsaved_steps"),
+            lost_steps=report.get("lost_steps", 0),
         )
 
-    kind = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(header))}
+    kind = {"Content-Type": FILE, "Inference-Header-Content-Length": str(len(header))}
     return Call("POST", f"/v2/models/{quote(model, safe='')}/infer", read, b"".join((header, rows.data)), kind)
 
 
@@ -237,8 +285,10 @@ def retry_after(response: httpx.Response) -> int:
     return int(asked) if asked.isdecimal() else 0
 
 
-def pause(outcome: Outcome, attempt: int) -> float | None:
+def pause(outcome: Outcome, attempt: int, repeats: bool = True) -> float | None:
     """Seconds between ``attempt``, counted from 0, and the next one; ``None``: this outcome is the last.
+
+    Unless the call ``repeats``, so is any after which the server may have carried it out.
 
     The server's Retry-After, and a random part of a span that doubles, so that clients that were refused together do
     not come back together. ``LONGEST_PAUSE`` bounds each.
@@ -248,7 +298,7 @@ def pause(outcome: Outcome, attempt: int) -> float | None:
         if outcome.status_code not in (429, 503):
             return None
         asked = retry_after(outcome)
-    elif isinstance(outcome, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+    elif not isinstance(outcome, httpx.RequestError if repeats else UNSENT) or isinstance(outcome, UNFIT):
         return None
     return min(asked, LONGEST_PAUSE) + random.uniform(0, min(FIRST_PAUSE * 2.0 ** min(attempt, 9), LONGEST_PAUSE))
 

@@ -75,7 +75,7 @@ def run_demo(options: DemoOptions, console: Console) -> None:
     console.print()
     console.print(final_table(session.runs, window))
     console.print(f"{progress(session)}.", highlight=False)
-    _print_hints(console, plot, example, digits)
+    _print_hints(console, plot, example, options.out / "state", digits)
 
 
 def run_clients(options: DemoOptions, url: str, token: str, console: Console) -> None:
@@ -192,15 +192,15 @@ def _free_port() -> int:
         return port
 
 
-def _print_hints(console: Console, plot: Path, example: Path, digits: Digits) -> None:
+def _print_hints(console: Console, plot: Path, example: Path, state: Path, digits: Digits) -> None:
     """Says where the plot is, and how to keep the server running and send a first request; lines to copy."""
     stream = f"http://{HOST}:{load_settings(CONFIG).server.port}/v1/streams/my-camera"
     labels = " ".join(map(str, digits[1][:EXAMPLE_ROWS]))
     for line in (
         f"The plot is {_short(plot)}",
         "",
-        "Keep a server running:",
-        f"  {_command()} serve {_short(CONFIG)}",
+        "Keep a server running, whose streams outlive it:",
+        f"  {_command()} serve {_short(CONFIG)} --state {_short(state)}",
         "then, in another terminal, create a stream and send it 16 digits:",
         f"  curl -X PUT {stream}",
         f"  curl --data-binary @{_short(example)} {stream}/predict",

@@ -21,7 +21,8 @@ from tta_server.drift.signals import AGREEMENT, DRIFT, Values
 from tta_server.engine.run import PolicyRun
 from tta_server.engine.source import SourceModel
 from tta_server.engine.watch import Served, Watch
-from tta_server.errors import StepFailed
+from tta_server.errors import StepFailed, TtaError
+from tta_server.state.keeper import Done
 from tta_server.state.store import Lease, StateStore
 from tta_server.types import Answer, Event, Job, JobStats, Lane, Plan, StepStats, Stream
 
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 FAILURES = {"rejected_nonfinite": "rejected", "failed": "failed"}
 """Events by the results of steps that were not kept."""
 
-AnswerJob = Callable[[Job, Answer | StepFailed], None]
+AnswerJob = Callable[[Job, Answer | TtaError], None]
 
 
 class Engine:
@@ -60,8 +61,10 @@ class Engine:
             return self._step(plan.lane, plan.jobs, answer, plan.shed)
         except _Unanswered as failure:
             if len(plan.jobs) == 1:
-                log.error("step failed", exc_info=failure.__cause__, extra=_about(plan.jobs[0]))
-                answer(plan.jobs[0], StepFailed(f"the model or policy failed on this request: {failure.__cause__}"))
+                cause = failure.__cause__
+                log.error("step failed", exc_info=cause, extra=_about(plan.jobs[0]))
+                failed = StepFailed(f"the model or policy failed on this request: {cause}")
+                answer(plan.jobs[0], cause if isinstance(cause, TtaError) else failed)
                 return StepStats(plan.lane, self._classes(plan.lane), [], 0.0, 0.0, 0.0)
         parts = [self.step(Plan(plan.lane, [job], plan.shed), answer) for job in plan.jobs]
         return StepStats(
@@ -87,20 +90,22 @@ class Engine:
                 except Exception:  # the model is served all the same; this policy's steps will say what is wrong
                     log.exception("new streams start as before", extra={"policy": lane.policy.name})
 
-    def reset(self, lane: Lane, stream: Stream) -> None:
-        """Takes a stream of ``lane`` back to the source: state, version and signals."""
-        self.store.reset(lane, stream)
+    def reset(self, old: Lane, new: Lane, stream: Stream) -> None:
+        """Takes a stream of ``old`` back to the source, in ``new``, which may be the same: state, version, signals."""
+        if old != new:
+            self.store.drop(old, stream)
+        self.store.reset(new, stream)
         self.monitor.forget(stream)
 
-    def drop(self, lane: Lane, stream: Stream) -> None:
-        """Forgets a stream of ``lane``."""
-        self.store.drop(lane, stream)
+    def drop(self, lane: Lane, stream: Stream, done: Done = lambda error: None) -> None:
+        """Forgets a stream of ``lane``; ``done`` is told when the store has, too."""
+        self.store.remove(lane, stream, done)
         self.monitor.forget(stream)
 
-    def leave(self, lane: Lane, stream: Stream) -> None:
-        """Takes a stream out of ``lane``, as a new one."""
-        self.drop(lane, stream)
-        stream.version = 0
+    def add_lane(self, lane: Lane) -> None:
+        """Makes room for the states of a lane. Raises ``ValueError`` where its policy cannot run."""
+        if not self.store.has_lane(lane):
+            self.store.add_lane(lane, initial_state(lane.policy, self.models[lane.model]))
 
     def move(self, old: Lane, new: Lane, stream: Stream) -> bool:
         """Takes a stream's state over into another lane of its model, if it fits there; returns whether it did.
@@ -111,14 +116,19 @@ class Engine:
         moved = False
         try:
             if type(old.policy) is type(new.policy):
-                if not self.store.has_lane(old):
-                    self.store.add_lane(old, initial_state(old.policy, self.models[old.model]))
-                self.store.add_lane(new, initial_state(new.policy, self.models[new.model]))
+                self.add_lane(old)
+                self.add_lane(new)
                 moved = self.store.move(old, new, stream)
         finally:
             if not moved:
-                self.leave(old, stream)
+                self.reset(old, new, stream)
         return moved
+
+    def _save_due(self) -> None:
+        try:
+            self.store.save_due()
+        except Exception:  # nobody's answer or step depends on it; it is tried again at the next change
+            log.exception("saving streams failed")
 
     def _classes(self, lane: Lane) -> int:
         return len(self.models[lane.model].classes)
@@ -130,8 +140,7 @@ class Engine:
         try:
             try:
                 state = State({}, {})
-                if not self.store.has_lane(lane):
-                    self.store.add_lane(lane, initial_state(lane.policy, model))
+                self.add_lane(lane)
                 if self.store.has_state(lane):
                     lease, state = self.store.lease(lane, [job.stream for job in jobs])
                 run = PolicyRun(model, lane, jobs, state)
@@ -153,9 +162,11 @@ class Engine:
             if lease is not None:
                 self.store.release(lease)
         for job, result in zip(jobs, results, strict=True):
+            self.store.meet(job.stream)
             job.stream.requests += 1
             job.stream.adapted += not lane.policy.plain
             job.stream.failures += result in FAILURES
+        self._save_due()
         measured = self._watch.measure(model, lane, jobs, served, own, sampled)
         told = [
             Event(FAILURES[result], job.stream, {"version": job.stream.version}, job.origin)
@@ -210,6 +221,9 @@ class Engine:
             if not sound:
                 answer(job, StepFailed("the scores for these inputs are not finite; the stream was left as it was"))
                 continue
+            lost, job.stream.lost = job.stream.lost, 0
+            if job.request_number is not None:
+                job.stream.last_number = job.request_number
             answer(
                 job,
                 Answer(
@@ -226,6 +240,7 @@ class Engine:
                     agreement=agreement if agreement == agreement else None,
                     queue_seconds=started - job.arrived,
                     inference_seconds=seconds,
+                    lost=lost,
                 ),
             )
         return finite

@@ -25,23 +25,23 @@ _PIECE = 16 * 2**10
 _QUALITY = re.compile(r"[qQ]=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)")
 
 
-async def read_body(request: Request, limits: LimitSettings) -> bytearray:
+async def read_body(request: Request, limits: LimitSettings, setting: str = "body_bytes") -> bytearray:
     """The whole body as sent, still compressed where it was.
 
-    Raises ``TooLarge`` as soon as it passes ``limits.body_bytes``, before reading on, ``TooSlow`` when it is not there
-    after ``limits.body_seconds``, and ``Cancelled`` when the client goes away.
+    Raises ``TooLarge`` as soon as it passes the limit of this ``setting``, before reading on, ``TooSlow`` when it is
+    not there after ``limits.body_seconds``, and ``Cancelled`` when the client goes away.
     """
-    limit = limits.body_bytes
+    limit: int = getattr(limits, setting)
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > limit:
-        raise TooLarge(f"the body is {declared[:20]} bytes; the limit is limits.body_bytes = {limit}")
+        raise TooLarge(f"the body is {declared[:20]} bytes; the limit is limits.{setting} = {limit}")
     take_room = room_of(request)
     body = bytearray()  # numpy's views of it can be written to, so that tensors need no copy
     try:
         async with asyncio.timeout(limits.body_seconds):
             async for chunk in request.stream():
                 if len(body) + len(chunk) > limit:
-                    raise TooLarge(f"the body is over the limit, limits.body_bytes = {limit}")
+                    raise TooLarge(f"the body is over the limit, limits.{setting} = {limit}")
                 take_room(len(chunk))
                 body += chunk
     except ClientDisconnect as error:
@@ -65,11 +65,12 @@ def inflate(
     encoding: str | None,
     limits: LimitSettings,
     take_room: Callable[[int], None] = lambda count: None,
+    setting: str = "inflated_bytes",
 ) -> bytearray:
     """The body without the compression that its Content-Encoding names: gzip, deflate, or none (identity).
 
     Deflate is taken with and without its zlib wrapper, gzip also in several members. Raises ``UnsupportedEncoding``,
-    ``TooLarge`` as soon as the result passes ``limits.inflated_bytes``, and ``BadInput`` for data that are broken,
+    ``TooLarge`` as soon as the result passes the limit of this ``setting``, and ``BadInput`` for data that are broken,
     incomplete, or followed by others.
     """
     coding = (encoding or "identity").strip().lower()
@@ -79,7 +80,8 @@ def inflate(
         known = ", ".join(_WINDOW)
         raise UnsupportedEncoding(f"bodies may be compressed by one of {known}; got Content-Encoding: {encoding!r:.60}")
     wbits = _WINDOW[coding] if coding == "gzip" or _is_zlib(body) else _RAW_DEFLATE
-    limit, view, inflated = limits.inflated_bytes, memoryview(body), bytearray()
+    limit: int = getattr(limits, setting)
+    view, inflated = memoryview(body), bytearray()
     stream = zlib.decompressobj(wbits)
     try:
         for start in range(0, len(view), _PIECE):
@@ -93,7 +95,7 @@ def inflate(
                 take_room(len(more))
                 inflated += more
                 if len(inflated) > limit:
-                    raise TooLarge(f"the body is over limits.inflated_bytes = {limit} when decompressed")
+                    raise TooLarge(f"the body is over limits.{setting} = {limit} when decompressed")
                 piece = stream.unused_data  # of the next gzip member
     except zlib.error as error:
         raise BadInput(f"the body is not {coding} data, as its Content-Encoding says: {error}") from error

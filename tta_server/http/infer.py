@@ -16,8 +16,9 @@ from tta_server.errors import BadInput, Unavailable
 from tta_server.http import tensors
 from tta_server.http.body import parse_json
 from tta_server.http.guard import guarded, needs, tenant_of
-from tta_server.http.schemas import LONGEST_NAME
+from tta_server.http.schemas import LONGEST_NAME, MODES, DurabilityChange
 from tta_server.http.schemas_v2 import InferOutput, InferRequest, InferResponse
+from tta_server.http.streams import durability_of
 from tta_server.http.v2 import INPUT, VERSION, VERSIONED, check_version, version_of
 from tta_server.http.wire import (
     BINARY,
@@ -39,7 +40,7 @@ from tta_server.tenant import check_input
 from tta_server.types import Answer, Stream
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
-_OURS = ("tta_adapt", "tta_policy", "tta_seq")
+_OURS = ("tta_adapt", "tta_policy", "tta_durability", "tta_seq")
 
 
 def router(service: Service) -> APIRouter:
@@ -91,7 +92,10 @@ def router(service: Service) -> APIRouter:
                     tenant.stream(controls.stream)
                 if controls.start and tenant.is_open(controls.stream):
                     report["replaced"] = True
-                stream, created = tenant.open(controls.stream, model.name, controls.policy, replace=controls.start)
+                durability = durability_of(service, tenant, controls.stream, controls.durability, controls.start)
+                stream, created = tenant.open(
+                    controls.stream, model.name, controls.policy, durability=durability, replace=controls.start
+                )
             return await tenant.predict(
                 model.name,
                 x,
@@ -179,6 +183,12 @@ class _Controls:
             raise BadInput("tta_policy needs a sequence_id: it is the policy of the stream that this request begins")
         if self.policy is not None and len(self.policy) > LONGEST_NAME:
             raise BadInput(f"tta_policy must be the name of a policy, got {short(self.policy)}")
+        mode: str | None = _take(given, "tta_durability", str, None)
+        if mode is not None and not id:
+            raise BadInput("tta_durability needs a sequence_id: it says how that stream is stored")
+        if mode is not None and mode not in MODES:
+            raise BadInput(f"tta_durability must be one of {', '.join(MODES)}, got {short(mode)}")
+        self.durability = None if mode is None else DurabilityChange.model_validate({"mode": mode})
         self.number: int | None = _take_number(given, "tta_seq", None)
         self.priority = _take_number(given, "priority", 0)
         microseconds = _take_number(given, "timeout", None)
@@ -234,5 +244,7 @@ def _report(stream: str | None, answer: Answer, replayed: bool) -> dict[str, str
         "agreement": answer.agreement,
         "shed": answer.shed or None,
         "replayed": replayed or None,
+        "unsaved_steps": answer.unsaved,
+        "lost_steps": answer.lost or None,
     }
     return {key: value for key, value in report.items() if value is not None}

@@ -256,8 +256,10 @@ def router(service: Service, events: EventLog) -> APIRouter:
     ) -> AsyncIterator[ServerSentEvent]:
         """What happens to the tenant's streams from now on.
 
-        `kind` is opened, closed, changed, reset, departure, change (both: the monitor's alarms), rejected or failed
-        (a step that was not kept). The newest `monitor.events` are kept for those who come back.
+        `kind` is opened, closed, expired (closed for want of requests), changed, reset, rolled_back, marked, imported
+        (also of a fork), evicted (to the disk, for want of requests), lost (changes that a crash cost it), damaged (a
+        stored state), departure, change (both: the monitor's alarms), rejected or failed (a step that was not kept).
+        The newest `monitor.events` are kept for those who come back.
         """
         tenant = tenant_of(request).name
         begun, _, place = (last_event_id or f"{run}-{events.newest(tenant)}").partition("-")

@@ -67,7 +67,8 @@ async def _ours(request: Request, error: Exception) -> Response:
     headers = None if retry_after is None else {"Retry-After": str(retry_after)}
     if isinstance(error, errors.Unauthenticated):
         headers = {"WWW-Authenticate": "Bearer"}
-    return problem(STATUS.get(type(error), 500), str(error), headers)  # type: ignore[arg-type]  # registered for ours only
+    status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
+    return problem(status, str(error), headers)
 
 
 async def _validation(request: Request, error: Exception) -> Response:

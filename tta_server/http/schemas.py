@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import (
@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -19,7 +20,9 @@ from tta_server.drift.signals import SIGNALS
 from tta_server.errors import BadInput
 from tta_server.http.values import softmax
 from tta_server.policies import settings_of
-from tta_server.settings import InputSettings
+from tta_server.settings import Durability, InputSettings
+from tta_server.state.keeper import Tally
+from tta_server.state.records import Shutdown, Snapshot
 from tta_server.tenant import Tenant
 from tta_server.types import Answer, Stream
 
@@ -58,6 +61,34 @@ class Problem(BaseModel):
     error: str
 
 
+Mode = Literal["none", "async", "sync"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+
+class DurabilityChange(_Request):
+    """How a stream is to be stored, see the setting `state.durability`. What is left out is as the stream has it, or a
+    new one from the config."""
+
+    mode: Mode = Field(
+        description="none: not at all; async: a crash costs the last steps; sync: answers wait until the step before "
+        "them is stored."
+    )
+    steps: int | None = Field(default=None, gt=0, description="Of async: the most steps that a crash costs.")
+    seconds: float | None = Field(default=None, gt=0, description="Of async: a step is stored after so long.")
+
+
+def _by_mode(given: Any) -> Any:
+    return {"mode": given} if isinstance(given, str) else given
+
+
+# One schema instead of a union of types, which would tell of a value what is wrong with it as each of them.
+DurabilityWanted = Annotated[
+    DurabilityChange | None,
+    BeforeValidator(_by_mode),
+    WithJsonSchema({"anyOf": [{"enum": list(MODES)}, DurabilityChange.model_json_schema(), {"type": "null"}]}),
+]
+
+
 class OpenStream(_Request):
     """Body of ``PUT /v1/streams/{id}``. What is left out takes the model's defaults, or stays as it is."""
 
@@ -67,6 +98,7 @@ class OpenStream(_Request):
         default=None, description="Policy settings that differ from the defaults."
     )
     adapt: bool | None = Field(default=None, description="Whether the stream adapts; on for a new one.")
+    durability: DurabilityWanted = None
 
 
 class PatchStream(_Request):
@@ -79,12 +111,38 @@ class PatchStream(_Request):
         description="Over the settings the stream has, or, with another policy, over what that one starts from. The "
         "state is kept where its layout stays the same; another window or optimiser starts from the source.",
     )
+    durability: DurabilityWanted = None
 
     @model_validator(mode="after")
     def _check(self) -> PatchStream:
-        if self.adapt is None and self.policy is None and self.settings is None:
-            raise ValueError("give at least one of adapt, policy and settings")
+        if self.adapt is None and self.policy is None and self.settings is None and self.durability is None:
+            raise ValueError("give at least one of adapt, policy, settings and durability")
         return self
+
+
+class NewSnapshot(_Request):
+    """Body of ``POST /v1/streams/{id}/snapshots``."""
+
+    name: Name = Field(description="1 to 128 of A-Z a-z 0-9 . _ : -; one that the stream has no snapshot of yet.")
+
+
+class Rollback(_Request):
+    """Body of ``POST /v1/streams/{id}/rollback``: where to."""
+
+    snapshot: Name | None = Field(default=None, description="A snapshot's name.")
+    version: int | None = Field(default=None, ge=0, description="Of a state that is kept; of several, the newest.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Rollback:
+        if (self.snapshot is None) == (self.version is None):
+            raise ValueError("give either snapshot or version")
+        return self
+
+
+class Fork(_Request):
+    """Body of ``POST /v1/streams/{id}/fork``."""
+
+    id: Name = Field(description="Of the copy: 1 to 128 of A-Z a-z 0-9 . _ : -, not in use.")
 
 
 class PolicyInfo(BaseModel):
@@ -156,8 +214,16 @@ class StreamInfo(BaseModel):
     last_number: int | None = Field(description="Newest request number that was answered.")
     created: float = Field(description="Unix time, seconds.")
     last_seen: float | None = Field(description="Unix time of the last prediction request, seconds.")
-    tier: str = Field(description="Where the state is: device, host, or none while the stream has none of its own.")
+    tier: str = Field(
+        description="Where the state is: device, host, disk, or none while the stream has none of its own."
+    )
     state_bytes: int = Field(description="Size of the state that it has from its first step on, kept images included.")
+    durability: Durability
+    unsaved_steps: int | None = Field(
+        description="Steps and other changes that a crash now would cost; null where the stream is not stored."
+    )
+    saved_version: int | None = Field(description="The version that is stored; null while none is.")
+    saved: float | None = Field(description="When it was stored, Unix time, seconds; null while none is.")
     failures: int = Field(description="Adaptation steps that failed or were not finite, and left no trace.")
     drift: float | None = Field(
         description="Drift score: by how many standard deviations the stream's requests are farther from clean data "
@@ -198,6 +264,48 @@ class StreamList(BaseModel):
     next: str | None = Field(description="The cursor of the next page; null on the last one.")
 
 
+class SnapshotInfo(BaseModel):
+    """One state of a stream that is kept."""
+
+    names: list[str] = Field(description="Under which it is kept; it stays while it has one.")
+    version: int
+    saved: float = Field(description="Unix time, seconds.")
+    bytes: int = Field(description="Size of the state; 0 where it is the initial one.")
+    automatic: bool = Field(description="Whether it is one of the last few automatic ones.")
+    current: bool = Field(description="Whether it is the newest that is stored.")
+
+
+class SnapshotList(BaseModel):
+    """All states of a stream that are kept, the newest first."""
+
+    snapshots: list[SnapshotInfo]
+
+
+class TierInfo(BaseModel):
+    """One place where states are."""
+
+    streams: int
+    bytes: int
+
+
+class StoreInfo(BaseModel):
+    """How streams are stored, those of all tenants."""
+
+    persistent: bool = Field(description="Whether streams outlive the server.")
+    problem: str | None = Field(description="Why nothing can be stored now; null while it can.")
+    fenced: bool = Field(description="Whether another process has taken the streams over.")
+    waiting: int = Field(description="Streams that wait to be written.")
+    bytes: int = Field(description="What the store takes.")
+    streams: int = Field(description="Open streams.")
+    unsaved_streams: int = Field(description="Stored streams that have changes which a crash now would cost.")
+    unsaved_steps: int = Field(description="The most such changes that one of them has.")
+    tiers: dict[str, TierInfo] = Field(description="Where states are now: device, host, disk.")
+    totals: Tally = Field(description="Since the start.")
+    last_shutdown: Shutdown | None = Field(
+        description="How the server before this one ended; null where there was none."
+    )
+
+
 class Ranked(BaseModel):
     """One of a row's likeliest classes."""
 
@@ -230,9 +338,14 @@ class Prediction(BaseModel):
     agreement: float | None = Field(description="Share of sampled rows so far with the source model's class.")
     queue_seconds: float
     inference_seconds: float
+    unsaved_steps: int | None = Field(
+        description="How many of the stream's changes up to this version a crash would have cost when the answer left; "
+        "null where the stream is not stored."
+    )
+    lost_steps: int = Field(description="Steps that a crash cost the stream, told once, in the first answer after it.")
 
 
-REQUESTS: tuple[type[BaseModel], ...] = (OpenStream, PatchStream)
+REQUESTS: tuple[type[BaseModel], ...] = (OpenStream, PatchStream, NewSnapshot, Rollback, Fork)
 """Bodies that routes read by themselves, which the framework therefore does not put into the OpenAPI document."""
 
 
@@ -248,11 +361,15 @@ def stream_info(tenant: Tenant, stream: Stream) -> dict[str, Any]:
         "adapt": stream.adapt,
         "version": stream.version,
         "requests": stream.requests,
-        "last_number": tenant.last_number(stream),
+        "last_number": stream.last_number,
         "created": stream.created,
         "last_seen": stream.last_seen or None,
         "tier": tenant.tier(stream),
-        "state_bytes": tenant.state_bytes(stream),
+        "state_bytes": stream.state_bytes,
+        "durability": stream.durability.model_dump(),
+        "unsaved_steps": stream.unsaved if stream.durability.mode != "none" else None,
+        "saved_version": stream.saved.version if stream.saved.revision else None,
+        "saved": stream.saved.time or None,
         "failures": stream.failures,
         "drift": monitor.drift(stream),
         "verdict": monitor.verdict(stream),
@@ -267,6 +384,18 @@ def stream_detail(tenant: Tenant, stream: Stream) -> dict[str, Any]:
         for name, reading in tenant.signals(stream).items()
     }
     return {**stream_info(tenant, stream), "signals": signals, "missing": tenant.missing(stream)}
+
+
+def snapshot_info(snapshot: Snapshot) -> dict[str, Any]:
+    """:class:`SnapshotInfo` as a dict."""
+    return {
+        "names": snapshot.marks,
+        "version": snapshot.version,
+        "saved": snapshot.saved,
+        "bytes": snapshot.bytes,
+        "automatic": snapshot.automatic,
+        "current": snapshot.current,
+    }
 
 
 def prediction(
@@ -294,6 +423,8 @@ def prediction(
         "agreement": answer.agreement,
         "queue_seconds": answer.queue_seconds,
         "inference_seconds": answer.inference_seconds,
+        "unsaved_steps": answer.unsaved,
+        "lost_steps": answer.lost,
     }
     if output != "none":
         content[output] = softmax(logits) if output == "probabilities" else logits

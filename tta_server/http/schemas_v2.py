@@ -31,10 +31,18 @@ class Live(BaseModel):
     live: bool
 
 
+class Storing(BaseModel):
+    """Whether streams are being stored."""
+
+    stored: bool = Field(description="False also where the config says that they end with the server.")
+    problem: str | None = Field(description="That they cannot be, though they should; else null.")
+
+
 class Ready(BaseModel):
     """Whether requests are taken."""
 
     ready: bool
+    state: Storing
 
 
 class ServerMetadata(BaseModel):
@@ -181,6 +189,13 @@ class InferReport(BaseModel):
     shed: bool | None = Field(default=None, description="The server was too busy to adapt to this request.")
     replayed: bool | None = Field(default=None, description="This is the stored answer to a repeated request number.")
     replaced: bool | None = Field(default=None, description="This request replaced a live stream of the same id.")
+    unsaved_steps: int | None = Field(
+        default=None,
+        description="How many of the stream's changes up to this version a crash would have cost when the answer left.",
+    )
+    lost_steps: int | None = Field(
+        default=None, description="Steps that a crash cost the stream, told once, in the first answer after it."
+    )
 
 
 class InferResponse(BaseModel):

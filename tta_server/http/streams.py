@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from torch import Tensor
 
 from tta_server.errors import BadInput
-from tta_server.http.body import parse_json
 from tta_server.http.codec import decode_inputs, multipart
 from tta_server.http.guard import guarded, needs, tenant_of
 from tta_server.http.images import JPEG, PNG
 from tta_server.http.schemas import (
+    DurabilityChange,
     OpenStream,
     PatchedStream,
     PatchStream,
@@ -33,6 +33,7 @@ from tta_server.http.wire import (
     body_of,
     enough_memory,
     json_body,
+    json_of,
     json_response,
     offload,
     refuse_unknown,
@@ -41,8 +42,8 @@ from tta_server.http.wire import (
     unless_gone,
 )
 from tta_server.service import Service
-from tta_server.settings import Right
-from tta_server.tenant import check_input
+from tta_server.settings import Durability, Right
+from tta_server.tenant import Tenant, check_input
 
 _PREDICT_BODY = {
     "requestBody": {
@@ -70,14 +71,21 @@ _PREDICT_QUERY = ("seq", "adapt", "timeout", "priority", "output", "top_k", "dat
 _LIST_QUERY = ("limit", "cursor", "model", "policy", "adapt")
 
 
+def durability_of(
+    service: Service, tenant: Tenant, id: str, asked: DurabilityChange | None, is_new: bool = False
+) -> Durability | None:
+    """The durability that is asked for; what it leaves out is as the stream has it, or a new one from the config."""
+    if asked is None:
+        return None
+    exists = tenant.is_open(id) and not is_new
+    now = tenant.stream(id).durability if exists else service.settings.state.durability
+    return now.model_copy(update=asked.model_dump(exclude_none=True))
+
+
 def router(service: Service) -> APIRouter:
     """The routes over ``service``."""
     routes = APIRouter(prefix="/v1/streams", tags=["streams"], responses=PROBLEMS, route_class=guarded(service))
     limits = service.settings.limits
-
-    async def json_of(request: Request) -> dict[str, Any]:
-        body = await body_of(request, limits)
-        return await offload(lambda: parse_json(body, limits), len(body) > INLINE) if body else {}
 
     @routes.put(
         "/{id}",
@@ -88,9 +96,11 @@ def router(service: Service) -> APIRouter:
     @needs(Right.STREAMS)
     async def open_stream(id: str, request: Request) -> Response:
         """Creates a stream (201), or confirms one that is the same (200)."""
-        asked = OpenStream.model_validate(await json_of(request))
+        asked = OpenStream.model_validate(await json_of(request, limits))
         tenant = tenant_of(request)
-        stream, created = tenant.open(id, asked.model, asked.policy, asked.settings, asked.adapt)
+        durability = durability_of(service, tenant, id, asked.durability)
+        stream, created = tenant.open(id, asked.model, asked.policy, asked.settings, asked.adapt, durability)
+        await tenant.settle(stream)
         return json_response(stream_detail(tenant, stream), 201 if created else 200)
 
     @routes.get("", response_model=StreamList)
@@ -122,10 +132,12 @@ def router(service: Service) -> APIRouter:
     @routes.patch("/{id}", response_model=PatchedStream, openapi_extra=json_body(PatchStream))
     @needs(Right.STREAMS)
     async def patch_stream(id: str, request: Request) -> Response:
-        """Switches adaptation on or off, or changes settings or policy, from the next request on."""
-        asked = PatchStream.model_validate(await json_of(request))
+        """Switches adaptation on or off, or changes settings, policy or durability, from the next request on."""
+        asked = PatchStream.model_validate(await json_of(request, limits))
         tenant = tenant_of(request)
-        stream, kept = await tenant.update(id, asked.adapt, asked.policy, asked.settings)
+        durability = durability_of(service, tenant, id, asked.durability)
+        stream, kept = await tenant.update(id, asked.adapt, asked.policy, asked.settings, durability)
+        await tenant.settle(stream)
         return json_response({**stream_detail(tenant, stream), "state_kept": kept})
 
     @routes.post("/{id}/reset", response_model=StreamDetail)
@@ -133,12 +145,14 @@ def router(service: Service) -> APIRouter:
     async def reset_stream(id: str, request: Request) -> Response:
         """Takes the stream back to the source, after the requests that came before."""
         tenant = tenant_of(request)
-        return json_response(stream_detail(tenant, await tenant.reset(id)))
+        stream = await tenant.reset(id)
+        await tenant.settle(stream)
+        return json_response(stream_detail(tenant, stream))
 
     @routes.delete("/{id}", status_code=204)
     @needs(Right.STREAMS)
     async def delete_stream(id: str, request: Request) -> Response:
-        """Forgets the stream and its state."""
+        """Forgets the stream, its state and its snapshots, on the disk too."""
         await tenant_of(request).close(id)
         return Response(status_code=204)
 

@@ -32,6 +32,8 @@ from tta_server.statistics import Statistics
 INPUT = "input"
 VERSION = "1"
 PLATFORM = "pytorch"
+FAILS = "streams cannot be stored now; what they learn is kept in memory until they can. GET /v1/state says why"
+"""All that is told to anybody: the reason may name files."""
 EXTENSIONS = (
     "binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters",
     "schedule_policy", "sequence", "statistics",
@@ -76,9 +78,12 @@ def router(service: Service, statistics: Statistics) -> APIRouter:
     @routes.get("/health/ready", response_model=Ready)
     @public
     async def ready() -> Response:
-        """Requests are taken."""
-        refuse_while_draining()
-        return json_response({"ready": True})
+        """Requests are taken. They also are while the store fails, which the answer says."""
+        refuse_unless_serving()
+        keeping = service.keeping()
+        problem = FAILS if keeping.problem else None
+        stored = keeping.persistent and problem is None
+        return json_response({"ready": True, "state": {"stored": stored, "problem": problem}})
 
     @routes.get("", response_model=ServerMetadata)
     @routes.get("/", include_in_schema=False)
@@ -86,9 +91,11 @@ def router(service: Service, statistics: Statistics) -> APIRouter:
         """Server metadata."""
         return json_response({"name": "tta-server", "version": __version__, "extensions": EXTENSIONS})
 
-    def refuse_while_draining() -> None:
+    def refuse_unless_serving() -> None:
         if service.draining:
             raise Unavailable("the server is shutting down")
+        if service.keeping().fenced:
+            raise Unavailable("another server has taken the streams of this one over")
 
     # Of all models
 
@@ -152,7 +159,7 @@ def router(service: Service, statistics: Statistics) -> APIRouter:
     @public
     async def model_ready(name: str, request: Request) -> Response:
         """The model takes requests."""
-        refuse_while_draining()
+        refuse_unless_serving()
         return json_response({"name": find_model(service, name, version_of(request)).name, "ready": True})
 
     @routes.get("/models/{name}/config", response_model=ModelConfig)

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from tta_server.errors import BadInput, Cancelled, TooLarge
-from tta_server.http.body import compress, inflate, read_body, room_of
+from tta_server.http.body import compress, inflate, parse_json, read_body, room_of
 from tta_server.http.schemas import Problem
 from tta_server.settings import LimitSettings
 from tta_server.types import Call
@@ -92,13 +92,21 @@ def enough_memory() -> Iterator[None]:
         raise TooLarge("there is not enough memory for this request; send fewer rows at a time") from error
 
 
-async def body_of(request: Request, limits: LimitSettings) -> bytearray:
-    """The request's body, inflated."""
-    body = await read_body(request, limits)
+async def body_of(
+    request: Request, limits: LimitSettings, sent: str = "body_bytes", inflated: str = "inflated_bytes"
+) -> bytearray:
+    """The request's body, inflated. The settings of these names limit it as it is sent, and as it is then."""
+    body = await read_body(request, limits, sent)
     encoding = request.headers.get("content-encoding")
     # A few compressed bytes may be many.
-    work = partial(inflate, body, encoding, limits, room_of(request))
+    work = partial(inflate, body, encoding, limits, room_of(request), inflated)
     return await offload(work, encoding not in (None, "identity"))
+
+
+async def json_of(request: Request, limits: LimitSettings) -> dict[str, Any]:
+    """The request's body as a JSON object; without a body an empty one."""
+    body = await body_of(request, limits)
+    return await offload(lambda: parse_json(body, limits), len(body) > INLINE) if body else {}
 
 
 async def respond(

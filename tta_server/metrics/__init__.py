@@ -1,4 +1,4 @@
-"""What the server tells about itself, and who listens. Only ``prometheus.py`` and ``scrape.py`` know the library."""
+"""What the server tells about itself, and who listens. Only the modules beside this one know the library."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     GCCollector,
     Histogram,
     PlatformCollector,
@@ -30,12 +31,15 @@ from prometheus_client.registry import Collector
 from tta_server.drift.monitor import WATCHED, Monitor
 from tta_server.drift.signals import AGREEMENT, DISTANCE
 from tta_server.metrics.scrape import RATIO, Levels, LevelsCollector, StreamsCollector, WatchedCollector, Watchlist
+from tta_server.metrics.state import StateCollector
 from tta_server.types import EVENTS, Call, Event, StepStats, Stream
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 DISTANCES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 RESULTS = ("applied", "rejected_nonfinite", "failed", "shed")
+OPERATIONS = ("write", "fetch", "prefetch")
+CAUSES = ("crash", "damage")
 NORMS = (*(factor * 10.0**power for power in range(-6, 0) for factor in (1, 2, 5)), 1.0)
 
 
@@ -121,11 +125,29 @@ class PrometheusRecorder:
             ["signal", "kind"],
         )
         self._events = counter("tta_stream_events", "What happened to streams, see /v1/events.", ["kind"])
+        self._state_seconds = Histogram(
+            "tta_state_duration_seconds",
+            "Of the store: write (a commit of many streams), fetch (a state that a step waits for), prefetch (ahead).",
+            ["operation"],
+            buckets=SECONDS,
+            registry=self._registry,
+        )
+        for operation in OPERATIONS:
+            self._state_seconds.labels(operation)
+        self._lost = counter(
+            "tta_state_lost_steps", "Changes that streams lost to a crash, or to damage of the store.", ["cause"]
+        )
+        self._lost_before = Gauge(
+            "tta_state_recovery_lost_steps",
+            "Changes that streams had lost to a crash when this process started, and that no answer had told of.",
+            registry=self._registry,
+        )
         self._errors = counter("tta_monitor_errors", "Engine steps that could not be measured; see the log.", [])
         for collector in (
-            LevelsCollector(levels),
-            StreamsCollector(levels, monitor),
-            WatchedCollector(lambda: watchlist.choose(levels().streams, monitor), monitor),
+            LevelsCollector(self._read),
+            StateCollector(self._read),
+            StreamsCollector(self._read, monitor),
+            WatchedCollector(lambda: watchlist.choose(self._read().streams, monitor), monitor),
         ):
             self._registry.register(collector)
 
@@ -170,6 +192,10 @@ class PrometheusRecorder:
                 self._samples.labels(model, policy, "selected").inc(selected)
                 self._samples.labels(model, policy, "left_out").inc(job.rows - selected)
 
+    def stored(self, operation: str, seconds: float) -> None:
+        """The keeper wrote (``write``) or read states: for a step that waited (``fetch``) or ahead (``prefetch``)."""
+        self._state_seconds.labels(operation).observe(seconds)
+
     def request(self, call: Call) -> None:
         """See :class:`Recorder`."""
         self._requests.labels(call.model, call.route, call.code).inc()
@@ -181,12 +207,23 @@ class PrometheusRecorder:
         self._events.labels(event.stream.model, event.kind).inc()
         if event.kind in ("departure", "change"):
             self._detections.labels(event.stream.model, event.fields["signal"], event.kind).inc()
+        elif event.kind == "lost":
+            self._lost.labels(event.stream.model, "crash").inc(event.fields["steps"])
+            self._lost_before.inc(event.fields["steps"])
+        elif event.kind == "damaged" and "went_back_to" in event.fields:
+            steps = event.fields["version"] - event.fields["went_back_to"]
+            self._lost.labels(event.stream.model, "damage").inc(max(1, steps))
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
-        for model in self._levels().digests:
+        self._now = self._levels()
+        for model in self._now.digests:
             self._begin(model)
         return generate_latest(self._registry)
+
+    def _read(self) -> Levels:
+        """The levels, read once for a whole scrape: there may be many streams."""
+        return self._now
 
     def _begin(self, model: str) -> None:
         """Lets a model's counters start at 0: Prometheus does not see how a counter came by its first value."""
@@ -195,6 +232,8 @@ class PrometheusRecorder:
             self._events.labels(model, kind)
         for signal, kind in itertools.product(WATCHED, ("departure", "change")):
             self._detections.labels(model, signal, kind)
+        for cause in CAUSES:
+            self._lost.labels(model, cause)
 
     def render_streams(self, streams: list[Stream]) -> bytes:
         """The families of single streams, of these, for a scrape of their own."""

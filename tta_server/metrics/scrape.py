@@ -26,6 +26,8 @@ from prometheus_client.registry import Collector
 from tta_server import __version__
 from tta_server.drift.monitor import Monitor, Verdict
 from tta_server.drift.signals import AGREEMENT, DRIFT, Floats
+from tta_server.state.keeper import Keeping
+from tta_server.state.memory import Budget
 from tta_server.types import Stream
 
 RATIO = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -55,10 +57,16 @@ class Levels:
     states: dict[str, tuple[int, int]]
     """Streams with a state and their bytes, by tier."""
     evictions: int
+    """From the device to host memory."""
+    page_outs: int
+    """From host memory; these states are on the disk."""
+    keeping: Keeping
     digests: dict[str, str]
     """Source digest by model."""
     references: dict[str, bool]
     """By model, whether the monitor has clean data to compare with."""
+    budget: Budget
+    """Of the states in memory."""
 
 
 class LevelsCollector(Collector):

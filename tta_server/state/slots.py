@@ -7,12 +7,22 @@ tensor per dtype, so that gathering and committing a batch of streams is one ind
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from adapters.base import State, Tensors
+from tta_server.state.records import Field
 
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""As safetensors writes them."""
+
+Blob = bytes
+"""Of a state. (A layout has a property ``bytes``.)"""
 Packed = dict[torch.dtype, Tensor]
 """State rows by dtype: ``[S, width]``, or ``[width]`` for a single stream."""
 
@@ -40,6 +50,32 @@ class Layout:
     def fits(self, other: Layout) -> bool:
         """Whether rows of the one are rows of the other."""
         return self._fields == other._fields
+
+    @cached_property
+    def fields(self) -> tuple[Field, ...]:
+        """The tensors in the order of :meth:`dump`'s bytes."""
+        return tuple(
+            Field(f"{'weights' if is_weight else 'memory'}/{key}", _DTYPES[dtype], shape)
+            for dtype, fields in self._fields.items()
+            for is_weight, key, shape, _ in fields
+        )
+
+    def dump(self, packed: Packed) -> Blob:
+        """Rows ``[width]`` in host memory as bytes: the tensors of ``fields`` one behind the other, little-endian."""
+        return b"".join(packed[dtype].contiguous().view(torch.uint8).numpy().tobytes() for dtype in self.width)
+
+    def load(self, data: Blob) -> Packed:
+        """The rows again, in host memory. Raises ``ValueError`` for bytes of another length."""
+        if len(data) != self.bytes:
+            raise ValueError(f"a state of {self.bytes:,} bytes is expected, got {len(data):,}")
+        rows, start, whole = {}, 0, bytearray(data)
+        for dtype, width in self.width.items():
+            if width:
+                rows[dtype] = torch.frombuffer(whole, dtype=dtype, count=width, offset=start)
+            else:
+                rows[dtype] = torch.empty(0, dtype=dtype)
+            start += dtype.itemsize * width
+        return rows
 
     def pack(self, state: State) -> Packed:
         """``State`` of ``[S, *shape]`` tensors -> rows ``[S, width]``. Raises ``ValueError`` where it does not fit."""

@@ -1,0 +1,247 @@
+"""A stream's past and copies of it: marks, rollback, fork, export and import of its state.
+
+Runs on the event loop; states are read and written on the device thread, in the stream's order of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tta_server.errors import BadInput, Conflict, QueueFull, UnknownName
+from tta_server.logs import current
+from tta_server.policies import make_policy, policy_digest, settings_of
+from tta_server.state.portable import Manifest, Portable
+from tta_server.state.records import Damaged, Field, Snapshot
+from tta_server.tenant import STREAM_ID, Backend, Tenant
+from tta_server.types import Event, Stream
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Dump:
+    """A stream's state, read between two of its requests."""
+
+    fields: tuple[Field, ...]
+    data: bytes
+    version: int
+    random_key: int
+    last_number: int | None
+
+
+class History:
+    """What one tenant can do with the states of its streams. All methods are for the event loop's thread."""
+
+    def __init__(self, tenant: Tenant, backend: Backend) -> None:
+        self._tenant, self._backend = tenant, backend
+
+    async def snapshots(self, id: str) -> list[Snapshot]:
+        """The states that are kept of a stream, newest first. Raises ``UnknownName``, and ``StoreFailed`` where the
+        store cannot be read."""
+        stream, keeper = self._tenant.stream(id), self._backend.keeper
+        return await asyncio.to_thread(keeper.snapshots, stream)
+
+    async def mark(self, id: str, name: str) -> Snapshot:
+        """Keeps the stream's state, after its requests so far, under a name, until that is taken off it.
+
+        Raises ``BadInput``, ``UnknownName``, ``Conflict`` for a name that is taken, ``QueueFull`` beyond
+        ``limits.marks``, and ``Unavailable`` where the store cannot be written.
+        """
+        if not STREAM_ID.fullmatch(name):
+            raise BadInput(f"a snapshot's name has 1 to 128 of A-Z a-z 0-9 . _ : -, got {name[:150]!r}")
+        stream, most = self._tenant.stream(id), self._backend.settings.limits.marks
+        marks = [mark for snapshot in await self.snapshots(id) for mark in snapshot.marks]
+        if name in marks:
+            raise Conflict(f"stream {id!r} has a snapshot {name!r} already; delete it, or choose another name")
+        if len(marks) >= most:
+            raise QueueFull(f"stream {id!r} has {len(marks)} named snapshots; the limit is limits.marks = {most}")
+        taken = self._backend.marking
+        if (stream, name) in taken:
+            raise Conflict(f"a snapshot {name!r} of stream {id!r} is being made; choose another name")
+        taken.add((stream, name))
+        try:
+            await self._tenant.store(stream, (name,))
+        finally:
+            taken.discard((stream, name))
+        self._tell("marked", stream, mark=name)
+        for snapshot in await self.snapshots(id):
+            if name in snapshot.marks:
+                return snapshot
+        raise Conflict(f"the snapshot {name!r} of stream {id!r} was deleted at once")
+
+    async def unmark(self, id: str, name: str) -> None:
+        """Takes a name off a state, which is then kept no longer than others. Raises ``UnknownName``, and
+        ``Unavailable`` where the store cannot be written."""
+        stream = self._tenant.stream(id)
+        await self._find(id, name, None)
+        unmarked, done = self._backend.dispatcher.promise()
+        self._backend.keeper.unmark(stream, name, done)
+        await unmarked
+
+    async def rollback(self, id: str, name: str | None, version: int | None) -> Stream:
+        """Takes a stream back to a state that is kept, by its mark or, the newest of that, its version.
+
+        Its requests so far are done first; its request numbers go on. Raises ``UnknownName``, and ``Conflict`` for a
+        state of another model or policy.
+        """
+        stream, backend = self._tenant.stream(id), self._backend
+        revision = (await self._find(id, name, version)).revision
+
+        def go_back() -> int:
+            lane, before = stream.lane, stream.version
+            try:
+                stored = backend.keeper.load(stream, revision)
+            except KeyError as error:
+                raise UnknownName(f"the snapshot of stream {id!r} is not kept any more") from error
+            except Damaged as error:
+                raise Conflict(f"the snapshot of stream {id!r} cannot be used: {error}") from error
+            record = stored.record
+            if (record.digest, record.policy) != (lane.digest, lane.policy.name):
+                raise Conflict(
+                    f"the snapshot of stream {id!r} is of policy {record.policy!r} on the model with digest "
+                    f"{record.digest}, the stream has {lane.policy.name!r} on {lane.digest}"
+                )
+            if stored.data is None:
+                backend.engine.reset(lane, lane, stream)
+            else:
+                self._restore(stream, stored.fields, stored.data, record.version)
+            stream.random_key = record.random_key
+            return before
+
+        before = await self._on_device(stream, go_back)
+        self._tell("rolled_back", stream, version=stream.version, before=before)
+        await self._tenant.settle(stream)
+        return stream
+
+    async def fork(self, id: str, new_id: str) -> Stream:
+        """Copies a stream, after its requests so far, to a new id. From then on each goes its own way; given the same
+        requests, it is the same way. Raises ``Conflict`` where the new id is taken."""
+        stream = self._tenant.stream(id)
+        dump = await self._dump(stream)
+        fork = Stream(
+            id=new_id,
+            model=stream.model,
+            policy=stream.policy,
+            random_key=dump.random_key,
+            created=time.time(),
+            digest=stream.digest,
+            tenant=stream.tenant,
+            adapt=stream.adapt,
+            durability=stream.durability,
+            state_bytes=stream.state_bytes,
+        )
+        await self._begin(fork, dump.fields, dump.data, dump.version)
+        self._tell("imported", fork, version=dump.version, of=id)
+        return fork
+
+    async def export(self, id: str) -> bytes:
+        """The stream's state, after its requests so far, as a file, see ``state/portable.py``."""
+        stream = self._tenant.stream(id)
+        dump = await self._dump(stream)
+        manifest = Manifest(
+            stream=stream.id,
+            model=stream.model,
+            model_digest=stream.digest,
+            policy=stream.policy.name,
+            settings=settings_of(stream.policy),
+            policy_digest=policy_digest(stream.policy),
+            version=dump.version,
+            request_number=dump.last_number,
+            random_key=dump.random_key,
+            created=stream.created,
+            exported=time.time(),
+        )
+        return await asyncio.to_thread(Portable(manifest, dump.fields, dump.data).dump)
+
+    async def restore(self, id: str, file: Portable) -> tuple[Stream, bool]:
+        """Gives a stream the state of a file, after its requests so far; makes the stream where there is none.
+
+        Returns it and whether it is new. Raises ``Conflict``, with both digests, where the file is of another model, or
+        the stream of another policy or other settings, or the tensors are not those that they have.
+        """
+        manifest, is_new = file.manifest, not self._tenant.is_open(id)
+        if is_new:
+            model = self._tenant.model_for(manifest.model, manifest.model_digest)
+            policy = make_policy(manifest.policy, manifest.settings)
+            if policy_digest(policy) != manifest.policy_digest:
+                raise Conflict(
+                    f"the settings in the file make policy {manifest.policy!r} with digest {policy_digest(policy)} in "
+                    f"this release, the file was written for {manifest.policy_digest}"
+                )
+            stream = self._tenant.build(id, model, policy)
+            stream.random_key, stream.last_number = manifest.random_key, manifest.request_number
+            await self._begin(stream, file.fields, file.data, manifest.version)
+        else:
+            stream = self._tenant.stream(id)
+
+            def put() -> None:
+                lane = stream.lane
+                ours = lane.digest, policy_digest(lane.policy)
+                if ours != (manifest.model_digest, manifest.policy_digest):
+                    raise Conflict(
+                        f"the file is of model {manifest.model_digest} and policy {manifest.policy_digest} "
+                        f"({manifest.policy}), stream {id!r} is of {ours[0]} and {ours[1]} ({lane.policy.name})"
+                    )
+                self._restore(stream, file.fields, file.data, manifest.version)
+                stream.random_key = manifest.random_key
+
+            await self._on_device(stream, put)
+            await self._tenant.settle(stream)
+        self._tell("imported", stream, version=manifest.version, of=manifest.stream)
+        return stream, is_new
+
+    async def _dump(self, stream: Stream) -> _Dump:
+        engine = self._backend.engine
+
+        def dump() -> _Dump:
+            engine.add_lane(stream.lane)
+            fields, data = engine.store.dump(stream.lane, stream)
+            return _Dump(fields, data, stream.version, stream.random_key, stream.last_number)
+
+        return await self._on_device(stream, dump)
+
+    async def _begin(self, stream: Stream, fields: tuple[Field, ...], data: bytes, version: int) -> None:
+        """Takes in a stream with a state. It is forgotten again where that does not fit."""
+
+        def begin() -> None:
+            self._restore(stream, fields, data, version)
+
+        begun = self._tenant.admit(stream, begin)
+        try:
+            await asyncio.shield(begun)
+        except Exception:
+            self._tenant.discard(stream)
+            raise
+        await self._tenant.settle(stream)
+
+    def _restore(self, stream: Stream, fields: tuple[Field, ...], data: bytes, version: int) -> None:
+        """On the device thread. Raises ``Conflict`` where the tensors are not those of the stream's policy."""
+        engine, lane = self._backend.engine, stream.lane
+        engine.add_lane(lane)
+        engine.store.restore_dump(lane, stream, fields, data, version)
+        engine.monitor.forget(stream)
+
+    async def _on_device(self, stream: Stream, run: Callable[[], T]) -> T:
+        """What ``run`` returns, on the device thread, after the stream's requests so far; not broken off."""
+        results: list[T] = []
+        repository = self._backend.repository
+        self._tenant.check_model(stream)
+        done = self._backend.dispatcher.command(stream, lambda: results.append(run()))
+        repository.enter(stream.model)  # it stays loaded until then
+        done.add_done_callback(lambda done: repository.leave(stream.model))
+        await asyncio.shield(done)
+        return results[0]
+
+    async def _find(self, id: str, name: str | None, version: int | None) -> Snapshot:
+        for snapshot in await self.snapshots(id):
+            if name in snapshot.marks if name is not None else snapshot.version == version:
+                return snapshot
+        wanted = f"snapshot {name!r}" if name is not None else f"state of version {version}"
+        raise UnknownName(f"no {wanted} of stream {id!r} is kept; GET /v1/streams/{id}/snapshots lists what is")
+
+    def _tell(self, kind: str, stream: Stream, **fields: object) -> None:
+        self._backend.tell(Event(kind, stream, fields, current()))
