@@ -8,7 +8,7 @@ EXTRAS_test := demo,otel,test
 # One process per core, each file in one of them. WORKERS= runs all tests in one.
 WORKERS := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test fuzz format clean
+.PHONY: demo test fuzz crash format clean
 
 demo: .venv/.ready-demo
 	$(BIN)/tta-server demo
@@ -23,6 +23,10 @@ test: .venv/.ready-test
 # Many more of the requests that are made up from the OpenAPI document: a long run.
 fuzz: .venv/.ready-test
 	FUZZ_EXAMPLES=1000 $(BIN)/pytest tests/http/test_openapi.py -k made_up
+
+# 50 times kill -9 for each durability, see the script: about 15 minutes.
+crash: .venv/.ready-test
+	$(BIN)/python benchmarks/crash.py --out out/crash.png
 
 format: .venv/.ready-test
 	$(BIN)/ruff check --fix .

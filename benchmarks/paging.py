@@ -68,8 +68,10 @@ PIXELS = 2**22
 """Random numbers, of which every request's images are a part."""
 SPARE = 8
 """Times as many draws as requests."""
-SETS = (32, 64, 128, 512, 2048, 20_000)
-"""Working sets of the sweep."""
+SETS = (32, 64, 128, 512, 2048)
+"""Working sets of the sweep, before that of all streams."""
+SWEEPERS = 32
+"""Clients of the sweep: no more than the smallest set has streams, so that all sets are asked alike."""
 
 
 @dataclass(frozen=True)
@@ -371,7 +373,7 @@ def measure(options: argparse.Namespace, folder: Path, progress: Progress) -> No
     compared, swept = {}, {}
     for rows, requests in ((1, options.requests), (16, options.requests // 6)):
         compared[rows] = kinds(options, paged, roomy, rows)
-        swept[rows] = working_sets(options, paged, rows)
+        swept[rows] = working_sets(options, paged)
         cases = compared[rows] + swept[rows]
         task = progress.add_task(f"{rows} images a request", total=options.rounds * len(cases))
         for _ in range(options.rounds):
@@ -401,10 +403,10 @@ def kinds(options: argparse.Namespace, paged: Remote, roomy: Remote, rows: int) 
     return cases
 
 
-def working_sets(options: argparse.Namespace, paged: Remote, rows: int) -> list[Case]:
+def working_sets(options: argparse.Namespace, paged: Remote) -> list[Case]:
     """Ever more streams in turn."""
     sizes = [size for size in SETS if size < options.streams] + [options.streams]
-    return [Case(f"{size:,}", paged, Access(size), min(size, settling(options)), CLIENTS[rows]) for size in sizes]
+    return [Case(f"{size:,}", paged, Access(size), min(size, settling(options)), SWEEPERS) for size in sizes]
 
 
 def settling(options: argparse.Namespace) -> int:
@@ -475,14 +477,13 @@ def plot(swept: dict[int, list[Case]], slots: int, path: Path) -> None:
     sizes = [case.access.streams for case in swept[1]]
     for rows, cases in swept.items():
         label = f"{rows} image{'s' if rows > 1 else ''} a request"
-        left.plot(sizes, [case.throughput / cases[0].throughput for case in cases], marker="o", label=label)
-        right.plot(sizes, [case.percentile(99) / cases[0].percentile(99) for case in cases], marker="o", label=label)
-    for axes, what in ((left, "requests/s"), (right, "p99 of a request's time")):
-        axes.axvline(slots, color="grey", linewidth=1)
-        axes.set(
-            xscale="log", xlabel="streams in turn", ylabel=f"{what}, of that with {sizes[0]} streams", ylim=(0, None)
-        )
+        left.plot(sizes, [case.ratio(cases[0]) for case in cases], marker="o", label=label)
+        right.plot(sizes, [case.percentile(99) for case in cases], marker="o", label=label)
+    for axes, what in ((left, f"requests/s over those of {sizes[0]} streams"), (right, "p99 of a request's time, ms")):
+        axes.axvline(slots, color="grey", linewidth=1, label="slots")
+        axes.set(xscale="log", xlabel="streams, in turn", ylabel=what, ylim=(0, None))
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
+        axes.minorticks_off()
     left.legend()
     figure.savefig(path, dpi=120)
 

@@ -130,8 +130,10 @@ class Service:
         keeper, started = self._backend.keeper, time.monotonic()
         try:
             index = keeper.open(take_over)
-        except (InUse, Fenced, Damaged, StoreFailed) as error:
+        except InUse as error:
             raise ConfigError(str(error)) from error
+        except (Fenced, Damaged, StoreFailed) as error:
+            raise ConfigError(f"state.folder = {self.settings.state.folder!r} cannot be used: {error}") from error
         self._begun = True
         self._damaged = len(index.damaged) + sum(bool(found.note) for found in index.streams)
         for reason in index.damaged:

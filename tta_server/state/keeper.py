@@ -501,7 +501,10 @@ class Keeper:
                 finished = self._write_apart(batch, error)
             self.size = self._store.size()
             for done, refusal in finished:
-                done(refusal)
+                try:
+                    done(refusal)
+                except Exception:  # who is told may be gone; others wait
+                    log.exception("somebody could not be told of a write")
             with self._changed:
                 self._writing_since = None
                 self._changed.notify_all()
@@ -566,6 +569,7 @@ class Keeper:
             *([] if rest.is_empty else [rest]),
         ]
         failed = list[tuple[_Batch, Exception]]()
+        self._doubt(batch)
         for part in parts:
             try:
                 finished += self._write(part)
@@ -612,8 +616,7 @@ class Keeper:
             self.tally.failed += 1
             self._fail(error)
             newer, self._to_write = self._to_write, _Batch()
-            for stream in batch.streams.keys() & self._entries.keys():
-                self._entries[stream].is_sure = False
+            self._doubt(batch)
             for stream, queue in [*batch.streams.items(), *newer.streams.items()]:
                 for one in queue if stream in self._entries else ():
                     if queue is batch.streams.get(stream):
@@ -623,6 +626,12 @@ class Keeper:
             self._to_write.bad, self._to_write.unmarks = batch.bad + newer.bad, newer.unmarks
             finished += [(release, None) for release in self._let_go()]
         return finished
+
+    def _doubt(self, batch: _Batch) -> None:
+        """The store may have what it did not say that it has."""
+        with self._changed:
+            for stream in batch.streams.keys() & self._entries.keys():
+                self._entries[stream].is_sure = False
 
     def _be_fenced(self, batch: _Batch, error: TtaError) -> Finished:
         log.error("the state store belongs to another process now; streams are refused", extra={"reason": str(error)})

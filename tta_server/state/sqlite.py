@@ -168,11 +168,13 @@ class SqliteStore:
 
     def _become_owner(self, db: sqlite3.Connection, take_over: bool) -> None:
         self._check_free(db, take_over)
-        row = db.execute("SELECT epoch, name, shutdown FROM owner").fetchone()
-        epoch, name, shutdown = row or (0, "", None)
+        owner = self._owner(db)
+        epoch, name = (0, "") if owner is None else owner
         if self._seen not in (None, epoch):
             raise Fenced(f"{name} has used {self._place()} since this process read it")
-        self._before = None if row is None else _shutdown(shutdown)
+        if owner is not None:
+            (shutdown,) = db.execute("SELECT shutdown FROM owner").fetchone()
+            self._before = _shutdown(shutdown)
         epoch += 1
         self._lock(epoch)
         db.execute(
@@ -185,11 +187,10 @@ class SqliteStore:
         """Raises ``InUse`` where a process that lives owns the store, unless told to take over."""
         if db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'owner'").fetchone() is None:
             return
-        row = db.execute("SELECT epoch, name, since FROM owner").fetchone()
-        if row is not None and not take_over and self._is_locked(row[0]):
-            began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row[2]))
+        owner = self._owner(db)
+        if owner is not None and not take_over and self._is_locked(owner[0]):
             raise InUse(
-                f"{self._place()} is in use by {row[1]} since {began}. Stop that process, or give this one a folder of "
+                f"{self._place()} is in use by {owner[1]}. Stop that process, or give this one a folder of "
                 "its own (state.folder); with --take-over this one takes the streams, and that one can save no more"
             )
 
@@ -210,20 +211,44 @@ class SqliteStore:
 
     def _lock(self, epoch: int) -> None:
         if self._folder is not None:
-            self._lock_file = os.open(self._folder / f"owner-{epoch}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+            self._lock_file = self._create(f"owner-{epoch}.lock")
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _give_up(self) -> None:
         """Closes the files of the ownership."""
-        for file in (self._lock_file, self._progress):
+        files, self._lock_file, self._progress = (self._lock_file, self._progress), None, None
+        for file in files:
             if file is not None:
                 os.close(file)
-        self._lock_file = self._progress = None
+
+    def _create(self, name: str) -> int:
+        """Opens a file beside the store's, which belongs to whom that belongs to: root may only be passing by."""
+        assert self._folder is not None
+        file = os.open(self._folder / name, os.O_RDWR | os.O_CREAT, 0o600)
+        owner = (self._folder / FILE).stat()
+        if owner.st_uid != os.geteuid() == 0:
+            os.fchown(file, owner.st_uid, owner.st_gid)
+        return file
 
     def _check_epoch(self, db: sqlite3.Connection) -> None:
-        epoch, name = db.execute("SELECT epoch, name FROM owner").fetchone()
-        if epoch != self._epoch:
-            raise Fenced(f"{name} has taken {self._place()} over")
+        owner = self._owner(db)
+        if owner is None:
+            raise Damaged(f"{self._place()} does not say any more who owns it")
+        if owner[0] != self._epoch:
+            raise Fenced(f"{owner[1]} has taken {self._place()} over")
+
+    def _owner(self, db: sqlite3.Connection) -> tuple[int, str] | None:
+        """The epoch, and in words who began it and when. Raises ``Damaged``."""
+        row = db.execute("SELECT epoch, name, since FROM owner").fetchone()
+        if row is None:
+            return None
+        try:
+            epoch, name, since = row
+            if not isinstance(epoch, int):
+                raise TypeError
+            return epoch, f"{name} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since))}"
+        except (TypeError, ValueError, OverflowError, OSError) as error:
+            raise Damaged(f"{self._place()} does not say any more who owns it") from error
 
     # Reading
 
@@ -570,7 +595,7 @@ class SqliteStore:
         for key, entry in entries.items():
             _PAIR.pack_into(values, _PAIR.size * key, *entry)
         with suppress(OSError):  # without it, losses are not told, and nothing else
-            self._progress = os.open(self._folder / f"{PROGRESS}-{self._epoch}", os.O_RDWR | os.O_CREAT, 0o600)
+            self._progress = self._create(f"{PROGRESS}-{self._epoch}")
             os.ftruncate(self._progress, 0)
             os.pwrite(self._progress, values, 0)
 
@@ -580,10 +605,10 @@ class SqliteStore:
         """Which process owns the store now, in words; empty where none does. Needs no ownership."""
         with _failing():
             db = self._reader()
-            row = None if db is None else db.execute("SELECT epoch, name, since FROM owner").fetchone()
+            owner = None if db is None else self._owner(db)
         with suppress(OSError):  # who may not try the lock is not to know
-            if row is not None and row[0] != self._epoch and self._is_locked(row[0]):
-                return f"{row[1]} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(row[2]))}"
+            if owner is not None and owner[0] != self._epoch and self._is_locked(owner[0]):
+                return owner[1]
         return ""
 
     def verify(self, tell: Callable[[int, int], None] = lambda done, of: None) -> list[str]:
