@@ -222,10 +222,11 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def serve(app: FastAPI, settings: Settings) -> None:
+def serve(app: FastAPI, settings: Settings, take_over: bool = False) -> None:
     """Runs ``app`` until it is told to stop; then answers or refuses what is under way, within the limits.
 
-    Raises ``ConfigError`` for certificates that cannot be used.
+    Takes the streams once it has its address: who cannot serve them leaves them to who does. Raises ``ConfigError``
+    for certificates and for a store that cannot be used.
     """
     # uvicorn raises the signal that ended it once more when it is done. Told to stop, it did: that is exit status 0.
     for sign in (signal.SIGINT, signal.SIGTERM):
@@ -253,12 +254,13 @@ def serve(app: FastAPI, settings: Settings) -> None:
     # What is loaded by now stays: a collection of garbage need not look at it, and pause the server for that.
     gc.collect()
     gc.freeze()
-    sockets = None
+    sockets = [config.bind_socket()]
     if settings.server.metrics is not None:
         apart = settings.server.metrics
         own = uvicorn.Config(app, host=apart.host, port=apart.port, log_config=None, **tls)
-        sockets = [config.bind_socket(), own.bind_socket()]
+        sockets.append(own.bind_socket())
         app.state.metrics_port = sockets[1].getsockname()[1]
+    app.state.service.begin(take_over)
     _Server(config, app.state.service).run(sockets)
 
 

@@ -53,8 +53,7 @@ def serve(
     logs.configure(settings.log.format, settings.log.level)
     app.check_exposure(settings, insecure)
     application = app.create_app(settings, app.load_models(settings))
-    application.state.service.begin(take_over)
-    app.serve(application, settings)
+    app.serve(application, settings, take_over)
 
 
 @cli.command("check")

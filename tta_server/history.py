@@ -17,7 +17,7 @@ from tta_server.policies import make_policy, policy_digest, settings_of
 from tta_server.state.portable import Manifest, Portable
 from tta_server.state.records import Damaged, Field, Snapshot
 from tta_server.tenant import STREAM_ID, Backend, Tenant
-from tta_server.types import Event, Stream
+from tta_server.types import Event, Lane, Stream
 
 T = TypeVar("T")
 
@@ -26,6 +26,7 @@ T = TypeVar("T")
 class _Dump:
     """A stream's state, read between two of its requests."""
 
+    lane: Lane
     fields: tuple[Field, ...]
     data: bytes
     version: int
@@ -54,16 +55,17 @@ class History:
         if not STREAM_ID.fullmatch(name):
             raise BadInput(f"a snapshot's name has 1 to 128 of A-Z a-z 0-9 . _ : -, got {name[:150]!r}")
         stream, most = self._tenant.stream(id), self._backend.settings.limits.marks
-        marks = [mark for snapshot in await self.snapshots(id) for mark in snapshot.marks]
-        if name in marks:
-            raise Conflict(f"stream {id!r} has a snapshot {name!r} already; delete it, or choose another name")
-        if len(marks) >= most:
-            raise QueueFull(f"stream {id!r} has {len(marks)} named snapshots; the limit is limits.marks = {most}")
         taken = self._backend.marking
         if (stream, name) in taken:
             raise Conflict(f"a snapshot {name!r} of stream {id!r} is being made; choose another name")
         taken.add((stream, name))
         try:
+            marks = [mark for snapshot in await self.snapshots(id) for mark in snapshot.marks]
+            if name in marks:
+                raise Conflict(f"stream {id!r} has a snapshot {name!r} already; delete it, or choose another name")
+            count = len({*marks, *(mark for other, mark in taken if other is stream)})
+            if count > most:
+                raise QueueFull(f"stream {id!r} would have {count} named snapshots; the limit is limits.marks = {most}")
             await self._tenant.store(stream, (name,))
         finally:
             taken.discard((stream, name))
@@ -91,8 +93,8 @@ class History:
         stream, backend = self._tenant.stream(id), self._backend
         revision = (await self._find(id, name, version)).revision
 
-        def go_back() -> int:
-            lane, before = stream.lane, stream.version
+        def go_back(lane: Lane) -> int:
+            before = stream.version
             try:
                 stored = backend.keeper.load(stream, revision)
             except KeyError as error:
@@ -108,7 +110,7 @@ class History:
             if stored.data is None:
                 backend.engine.reset(lane, lane, stream)
             else:
-                self._restore(stream, stored.fields, stored.data, record.version)
+                self._restore(lane, stream, stored.fields, stored.data, record.version)
             stream.random_key = record.random_key
             return before
 
@@ -125,14 +127,14 @@ class History:
         fork = Stream(
             id=new_id,
             model=stream.model,
-            policy=stream.policy,
+            policy=dump.lane.policy,
             random_key=dump.random_key,
             created=time.time(),
-            digest=stream.digest,
+            digest=dump.lane.digest,
             tenant=stream.tenant,
             adapt=stream.adapt,
             durability=stream.durability,
-            state_bytes=stream.state_bytes,
+            state_bytes=len(dump.data),
         )
         await self._begin(fork, dump.fields, dump.data, dump.version)
         self._tell("imported", fork, version=dump.version, of=id)
@@ -145,10 +147,10 @@ class History:
         manifest = Manifest(
             stream=stream.id,
             model=stream.model,
-            model_digest=stream.digest,
-            policy=stream.policy.name,
-            settings=settings_of(stream.policy),
-            policy_digest=policy_digest(stream.policy),
+            model_digest=dump.lane.digest,
+            policy=dump.lane.policy.name,
+            settings=settings_of(dump.lane.policy),
+            policy_digest=policy_digest(dump.lane.policy),
             version=dump.version,
             request_number=dump.last_number,
             random_key=dump.random_key,
@@ -178,15 +180,14 @@ class History:
         else:
             stream = self._tenant.stream(id)
 
-            def put() -> None:
-                lane = stream.lane
+            def put(lane: Lane) -> None:
                 ours = lane.digest, policy_digest(lane.policy)
                 if ours != (manifest.model_digest, manifest.policy_digest):
                     raise Conflict(
                         f"the file is of model {manifest.model_digest} and policy {manifest.policy_digest} "
                         f"({manifest.policy}), stream {id!r} is of {ours[0]} and {ours[1]} ({lane.policy.name})"
                     )
-                self._restore(stream, file.fields, file.data, manifest.version)
+                self._restore(lane, stream, file.fields, file.data, manifest.version)
                 stream.random_key = manifest.random_key
 
             await self._on_device(stream, put)
@@ -197,40 +198,49 @@ class History:
     async def _dump(self, stream: Stream) -> _Dump:
         engine = self._backend.engine
 
-        def dump() -> _Dump:
-            engine.add_lane(stream.lane)
-            fields, data = engine.store.dump(stream.lane, stream)
-            return _Dump(fields, data, stream.version, stream.random_key, stream.last_number)
+        def dump(lane: Lane) -> _Dump:
+            engine.add_lane(lane)
+            fields, data = engine.store.dump(lane, stream)
+            return _Dump(lane, fields, data, stream.version, stream.random_key, stream.last_number)
 
         return await self._on_device(stream, dump)
 
     async def _begin(self, stream: Stream, fields: tuple[Field, ...], data: bytes, version: int) -> None:
         """Takes in a stream with a state. It is forgotten again where that does not fit."""
 
+        lane = stream.lane
+
         def begin() -> None:
-            self._restore(stream, fields, data, version)
+            self._restore(lane, stream, fields, data, version)
 
         begun = self._tenant.admit(stream, begin)
-        try:
-            await asyncio.shield(begun)
-        except Exception:
-            self._tenant.discard(stream)
-            raise
+
+        def check(begun: asyncio.Future[None]) -> None:  # also when the client has left by then
+            if begun.cancelled() or begun.exception() is not None:
+                self._tenant.discard(stream)
+
+        begun.add_done_callback(check)
+        await asyncio.shield(begun)
         await self._tenant.settle(stream)
 
-    def _restore(self, stream: Stream, fields: tuple[Field, ...], data: bytes, version: int) -> None:
+    def _restore(self, lane: Lane, stream: Stream, fields: tuple[Field, ...], data: bytes, version: int) -> None:
         """On the device thread. Raises ``Conflict`` where the tensors are not those of the stream's policy."""
-        engine, lane = self._backend.engine, stream.lane
+        engine = self._backend.engine
         engine.add_lane(lane)
         engine.store.restore_dump(lane, stream, fields, data, version)
         engine.monitor.forget(stream)
 
-    async def _on_device(self, stream: Stream, run: Callable[[], T]) -> T:
-        """What ``run`` returns, on the device thread, after the stream's requests so far; not broken off."""
-        results: list[T] = []
+    async def _on_device(self, stream: Stream, run: Callable[[Lane], T]) -> T:
+        """What ``run`` returns, on the device thread, after the stream's requests so far; not broken off.
+
+        It is given the lane that the stream's state is in then: a change of policy that comes later queues behind.
+        Raises ``UnknownName`` where the stream was deleted meanwhile.
+        """
+        self._tenant.check_open(stream)
+        results, lane = list[T](), stream.lane
         repository = self._backend.repository
         self._tenant.check_model(stream)
-        done = self._backend.dispatcher.command(stream, lambda: results.append(run()))
+        done = self._backend.dispatcher.command(stream, lambda: results.append(run(lane)))
         repository.enter(stream.model)  # it stays loaded until then
         done.add_done_callback(lambda done: repository.leave(stream.model))
         await asyncio.shield(done)

@@ -135,11 +135,7 @@ class Runner:
             unsaved = max(0, revision - stream.saved.revision) if is_stored else None
             job.done(*((replace(answer, unsaved=unsaved), None) if refusal is None else (None, refusal)))
 
-        try:
-            self.engine.store.hold(stream, release)
-        except Exception:  # to be saved is not worth an answer
-            log.exception("an answer does not wait for its stream to be saved")
-            release(None)
+        self.engine.store.hold(stream, release)
 
     def _next(self) -> tuple[Plan | None, list[Job]]:
         return self._scheduler.next_batch(self._clock()), self._scheduler.expired()

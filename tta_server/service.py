@@ -71,7 +71,7 @@ class Service:
         self._tenants: dict[str, Tenant] = {}
         self.draining = False
         self._drained: asyncio.Task[Drained] | None = None
-        self._begun = False
+        self._begun, self._began = False, time.time()
         self._damaged = 0
         self._source_policy = SourcePolicy()
         self._policy = lru_cache(maxsize=None)(lambda name, settings: make_policy(name, json.loads(settings)))
@@ -140,7 +140,7 @@ class Service:
             log.error("a stored stream cannot be read", extra={"reason": reason})
         for found in index.streams:
             self._recover(found)
-        if keeper.persistent:
+        if keeper.persistent and not keeper.problem:
             self.last_shutdown = keeper.last_shutdown()
             log.info("streams recovered", extra={
                 "streams": len(index.streams), "damaged": len(index.damaged), "seconds": time.monotonic() - started,
@@ -178,8 +178,13 @@ class Service:
         longest = self.settings.state.keep_seconds
         while longest is not None:
             await asyncio.sleep(min(longest / 10, LOOK_SECONDS))
-            for tenant in self._tenants.values():
-                tenant.expire(time.time() - longest)
+            before = time.time() - longest
+            if before < self._began:
+                continue  # while the server was away, nobody could be seen
+            for tenant in list(self._tenants.values()):
+                for stream in tenant.unseen(before):
+                    tenant.discard(stream, "expired")
+                    await asyncio.sleep(0)  # there may be many
 
     def keeping(self) -> Keeping:
         """How the store does."""

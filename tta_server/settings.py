@@ -114,7 +114,7 @@ class Durability(_Settings):
     was computed with: it leaves once the step before it is stored."""
     steps: Positive = 16
     """Of ``async``: an answer leaves once all but the last so many steps before it are stored."""
-    seconds: Seconds = 5.0
+    seconds: Annotated[float, Field(gt=0, le=3600)] = 5.0
     """Of ``async``: a step is stored after so many seconds, if not for the number of steps."""
 
     @property
@@ -190,8 +190,8 @@ class LimitSettings(_Settings):
     is free once the models are loaded."""
     marks: Positive = 16
     """Most named snapshots of a stream."""
-    import_bytes: Positive = 2**30
-    """Largest file of a stream's state that is taken."""
+    import_bytes: Positive = 2**28
+    """Largest file of a stream's state that is taken. Reading one takes about four times its size in memory."""
 
 
 class StreamSettings(_Settings):

@@ -151,11 +151,13 @@ class Tenant:
         else:
             self._enter(stream)
 
-    def expire(self, before: float) -> None:
-        """Deletes the streams that had no request, and were not made, since then (Unix time, seconds)."""
-        for one in list(self._streams.values()):
-            if max(one.stream.last_seen, one.stream.created) < before and not one.flights:
-                self.discard(one.stream, "expired")
+    def unseen(self, before: float) -> list[Stream]:
+        """The streams that had no request, and were not made, since then (Unix time, seconds)."""
+        return [
+            one.stream
+            for one in self._streams.values()
+            if max(one.stream.last_seen, one.stream.created) < before and not one.flights
+        ]
 
     def is_open(self, id: str) -> bool:
         """Whether there is a stream ``id``."""
@@ -164,6 +166,15 @@ class Tenant:
     def stream(self, id: str) -> Stream:
         """The open stream ``id``. Raises ``UnknownName``."""
         return self._open(id).stream
+
+    def check_open(self, stream: Stream) -> None:
+        """Raises ``UnknownName`` where the stream was deleted, also when its id is another's by now."""
+        if not self._is_current(stream):
+            raise UnknownName(f"stream {stream.id!r} was deleted meanwhile")
+
+    def _is_current(self, stream: Stream) -> bool:
+        opened = self._streams.get(stream.id)
+        return opened is not None and opened.stream is stream
 
     def streams(self) -> Iterator[Stream]:
         """All open streams, in order of creation."""
@@ -273,6 +284,8 @@ class Tenant:
 
         Not when the store cannot be written: the stream goes on with what it has, and tells what is unsaved.
         """
+        if not self._is_current(stream):
+            return  # deleted meanwhile: stored now, it would come back
         store = self._backend.engine.store
         # What is not to be stored any more is stored as such: what was stored before is not to come back.
         if stream.durability.mode == "sync" or (stream.durability.mode == "none" and stream.saved.revision):
@@ -283,7 +296,8 @@ class Tenant:
 
     async def store(self, stream: Stream, marks: tuple[str, ...] = ()) -> None:
         """Saves a stream, after its requests so far, its state under these names. Raises ``Unavailable`` where the
-        store cannot be written."""
+        store cannot be written, and ``UnknownName`` where the stream was deleted meanwhile."""
+        self.check_open(stream)
         stored, done = self._backend.dispatcher.promise()
         store = self._backend.engine.store
         await self._backend.dispatcher.command(stream, lambda: store.save(stream, marks, done))

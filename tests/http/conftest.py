@@ -83,6 +83,11 @@ class Server:
             while not self.runner._scheduler.idle:
                 await asyncio.sleep(0)
 
+    async def stored(self) -> None:
+        """Returns when all that is to be stored by now is."""
+        await self.settled()
+        assert await asyncio.to_thread(self.service._backend.keeper.flush, TIMEOUT)
+
     async def json(self, method: str, path: str, expect: int = 200, **arguments: Any) -> Any:
         """The content of a response of the expected status."""
         response = await self.client.request(method, path, **arguments)
@@ -234,7 +239,8 @@ async def untouched(server: Server, id: str = "s", tenant: str = DEFAULT_TENANT)
         stream = server.service.tenant(tenant).stream(id)
         store = server.runner.engine.store
         state = store.export(stream.lane, stream) if store.has_lane(stream.lane) else State({}, {})
-        return info | {"last_seen": None}, state
+        stored = dict.fromkeys(("saved", "saved_version", "unsaved_steps"))  # that goes on by itself
+        return info | {"last_seen": None, **stored}, state
 
     listed = await server.listed()
     info, state = await look()

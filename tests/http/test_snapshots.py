@@ -137,7 +137,7 @@ async def test_a_stream_has_so_many_names_and_no_more(loaded: Loaded) -> None:
         for name in "ab":
             await mark(server, name)
         response = await server.client.post(f"{STREAM}/snapshots", json={"name": "c"})
-        assert "has 2 named snapshots; the limit is limits.marks = 2" in error_of(response, 429)
+        assert "would have 3 named snapshots; the limit is limits.marks = 2" in error_of(response, 429)
         await server.client.delete(f"{STREAM}/snapshots/a")
         await mark(server, "c")
 

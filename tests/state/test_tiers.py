@@ -54,6 +54,7 @@ class Tiers:
 
     def step(self, *streams: Stream, value: float = 0.0) -> None:
         """A step of these streams to states of this value and their next version."""
+        self.store.add_lane(LANE, INITIAL)
         lease, _ = self.store.lease(LANE, streams)
         try:
             new = join([make_state(value, stream.version + 1) for stream in streams])
@@ -63,6 +64,7 @@ class Tiers:
         self.store.save_due()
 
     def held(self, stream: Stream) -> State:
+        self.store.add_lane(LANE, INITIAL)
         return self.store.export(LANE, stream)
 
     def flush(self) -> None:
@@ -169,14 +171,22 @@ def test_idle_streams_leave_memory_and_are_told_of(tmp_path: Path) -> None:
 def test_time_alone_has_a_step_saved(tiers: Tiers) -> None:
     stream = make("s", Durability(steps=1000, seconds=5.0))
     tiers.step(stream, value=1.0)
-    tiers.now = 4.9
+    assert tiers.keeper.flush(FLUSH)
+    assert stream.saved.version == 1, "what is new is saved at once"
+    for tiers.now in (2.0, 4.0):
+        tiers.step(stream, value=tiers.now)
+    tiers.now = 6.9
     assert tiers.store.maintain() == pytest.approx(0.1)
     assert tiers.keeper.flush(FLUSH)
-    assert stream.saved.revision == 0
-    tiers.now = 5.0
+    assert stream.saved.version == 1
+    tiers.now = 7.0
     tiers.store.maintain()
     assert tiers.keeper.flush(FLUSH)
-    assert (stream.saved.revision, stream.saved.version, stream.unsaved) == (2, 1, 0)
+    assert (stream.saved.version, stream.unsaved) == (3, 0)
+    for tiers.now in (8.0, 9.0):
+        tiers.step(stream, value=tiers.now)
+        tiers.flush()
+    assert len(tiers.store._due_later) == 1, "one timer for each"
 
 
 @pytest.mark.parametrize(("durability", "bound"), [(SYNC, 0), (ASYNC, 4), (NONE, math.inf)])
@@ -216,7 +226,7 @@ def test_a_reset_and_a_change_of_settings_are_saved_too(tiers: Tiers) -> None:
 
 
 def test_a_crash_tells_how_many_steps_it_cost(tiers: Tiers) -> None:
-    stream = make("s", Durability(steps=100, seconds=1e6))
+    stream = make("s", Durability(steps=100, seconds=3600.0))
     for turn in range(7):
         tiers.step(stream, value=float(turn))
         if turn == 2:

@@ -130,6 +130,12 @@ class Engine:
         except Exception:  # nobody's answer or step depends on it; it is tried again at the next change
             log.exception("saving streams failed")
 
+    def _secure(self, stream: Stream) -> None:
+        try:
+            self.store.secure(stream)
+        except Exception:  # to be saved is not worth an answer
+            log.exception("an answer does not wait for its stream to be saved", extra={"stream": stream.id})
+
     def _classes(self, lane: Lane) -> int:
         return len(self.models[lane.model].classes)
 
@@ -221,7 +227,10 @@ class Engine:
             if not sound:
                 answer(job, StepFailed("the scores for these inputs are not finite; the stream was left as it was"))
                 continue
-            lost, job.stream.lost = job.stream.lost, 0
+            lost = job.stream.lost
+            if lost:
+                self.store.told(job.stream)
+            self._secure(job.stream)
             if job.request_number is not None:
                 job.stream.last_number = job.request_number
             answer(

@@ -577,7 +577,8 @@ class Keeper:
                 return finished + self._be_fenced(part, fenced)
             except Exception as fault:
                 failed.append((part, fault))
-        if len(failed) == len(parts):
+        # One alone that fails in a way of its own is at fault itself.
+        if len(failed) == len(parts) and (len(parts) > 1 or isinstance(error, TtaError)):
             return finished + self._put_back(batch, StoreFailed(f"{type(error).__name__}: {error}"))
         for part, own in failed:
             if isinstance(own, StoreFailed):

@@ -96,7 +96,8 @@ class Manifest:
     settings: Annotated[dict[str, Any], AfterValidator(_plain)]
     """All of the policy's, defaults included."""
     policy_digest: Digest
-    version: Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+    version: Annotated[int, pydantic.Field(ge=0, lt=2**62)]
+    """Leaves room for steps to come: numbers in the store have 64 bits."""
     request_number: Annotated[int, pydantic.Field(ge=0, lt=2**64)] | None
     """The newest that was answered."""
     random_key: Annotated[int, pydantic.Field(ge=0, lt=2**63)]

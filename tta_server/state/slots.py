@@ -104,14 +104,15 @@ class Layout:
             raise ValueError(
                 f"state tensor {key} changed: {dtype} {list(shape)} became {value.dtype} {list(value.shape[1:])}"
             )
-        return value.reshape(-1, size)
+        return value.reshape(len(value), size)
 
 
 class SlotPool:
-    """``K`` slots of one layout on one device. Grows by doubling up to ``capacity``, so an unused pool costs little."""
+    """``K`` slots of one layout on one device. Grows by doubling up to ``room``, so that an unused pool costs little,
+    and slot by slot up to ``capacity``."""
 
-    def __init__(self, layout: Layout, capacity: int, device: torch.device) -> None:
-        self.layout, self.capacity, self._device = layout, capacity, device
+    def __init__(self, layout: Layout, capacity: int, device: torch.device, room: int = 2**62) -> None:
+        self.layout, self.capacity, self._device, self._room = layout, capacity, device, room
         self._rows: Packed = {
             dtype: torch.empty(0, width, dtype=dtype, device=device) for dtype, width in layout.width.items()
         }
@@ -126,7 +127,7 @@ class SlotPool:
     def acquire(self) -> int | None:
         """A slot with undefined content; ``None`` when all are taken."""
         if not self._free and self._size < self.capacity:
-            grown = min(max(1, 2 * self._size), self.capacity)
+            grown = min(max(self._size + 1, min(2 * self._size, self._room)), self.capacity)
             larger = {}
             for dtype, rows in self._rows.items():
                 larger[dtype] = torch.empty(grown, rows.shape[1], dtype=dtype, device=self._device)
@@ -197,5 +198,7 @@ class HostRows:
         return {dtype: rows[place % self._rows] for dtype, rows in self._chunks[place // self._rows].items()}
 
     def free(self, place: int) -> None:
-        """Gives a place back."""
+        """Gives a place back, and with the last one all the memory: it is for other lanes now."""
         self._free.append(place)
+        if len(self._free) == len(self._chunks) * self._rows:
+            self._chunks, self._free = [], []

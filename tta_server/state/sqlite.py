@@ -118,7 +118,7 @@ class SqliteStore:
         """The epoch of the index that was read."""
         self._lock_file: int | None = None
         self._progress: int | None = None
-        self._free: list[int] = []
+        self._free, self._are_free = list[int](), set[int]()
         self._next = 1
         self._before: Shutdown | None = None
 
@@ -286,6 +286,7 @@ class SqliteStore:
                 found.streams.append(Found(key, revision, state, record, lost, note))
         self._next = max(taken, default=0) + 1
         self._free = list(islice(filterfalse(taken.__contains__, range(1, self._next)), MOST_FREE))
+        self._are_free = set(self._free)
         return found
 
     def known(self, key: int, tenant: str, id: str) -> tuple[int, int] | None:
@@ -360,6 +361,7 @@ class SqliteStore:
         """See :class:`RecordStore`. The lowest that is free, so that the file of progress stays small."""
         with self._guard:
             key = heapq.heappop(self._free) if self._free else self._next
+            self._are_free.discard(key)
             self._next = max(self._next, key + 1)
         self.note(key, 0, 0)
         return key
@@ -396,7 +398,8 @@ class SqliteStore:
                 raise
         with self._guard:
             for key in removals:
-                if key not in self._free:
+                if key not in self._are_free:
+                    self._are_free.add(key)
                     heapq.heappush(self._free, key)
         return refused
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import math
 import time
 from collections import OrderedDict
@@ -27,6 +28,8 @@ from tta_server.state.memory import Budget
 from tta_server.state.records import Field, Found, Record
 from tta_server.state.slots import HostRows, Layout, Packed, SlotPool
 from tta_server.types import Event, Lane, Stream
+
+log = logging.getLogger(__name__)
 
 LOOK = 64
 """How many of the streams used longest ago are looked at for one that can leave memory."""
@@ -102,6 +105,9 @@ class StateStore:
         self._due_now: dict[Stream, None] = {}
         self._due_later: list[tuple[float, int, Stream]] = []
         self._timed: set[Stream] = set()
+        """Those that ``_due_later`` has a timer for."""
+        self._since: dict[Stream, float] = {}
+        """When the oldest change that was not handed over came."""
         self._order = itertools.count()
         self._looked_for_idle = 0.0
         self._read_ahead = False
@@ -229,6 +235,7 @@ class StateStore:
                 del self._lanes[lane]
         self._homes.pop(stream, None)
         self._timed.discard(stream)
+        self._since.pop(stream, None)
         self._due_now.pop(stream, None)
 
     def remove(self, lane: Lane, stream: Stream, done: Done = lambda error: None) -> None:
@@ -296,17 +303,25 @@ class StateStore:
 
     # Saving
 
+    def told(self, stream: Stream) -> None:
+        """An answer tells of the stream's losses: a later one does not."""
+        stream.lost = 0
+        if self._keeper is not None:
+            self._keeper.note(stream)
+
     def meet(self, stream: Stream) -> None:
-        """Has a stream that was not here before saved in due time."""
+        """Has a stream that was not here before saved soon."""
         if stream not in self._homes and self._keeper is not None and stream.durability.mode != "none":
             self._homes[stream] = stream.lane
-            self._schedule(stream)
+            self._due_now[stream] = None  # from then on it is known how many steps a crash costs it
 
     def touch(self, stream: Stream) -> None:
         """Something of the stream was changed, but not its state."""
         self._homes.setdefault(stream, stream.lane)
         stream.revision += 1
         self._schedule(stream)
+        if self._keeper is not None and stream.durability.mode == "none" and self._keeper.handed(stream)[0]:
+            self.save(stream)  # not to be stored any more: as it was stored before, it is not to come back
 
     def save(self, stream: Stream, marks: Iterable[str] = (), done: Done | None = None) -> None:
         """Has a stream saved now, its state under these names; ``done`` is told when it is."""
@@ -320,15 +335,11 @@ class StateStore:
             stream = heapq.heappop(self._due_later)[2]
             if stream in self._timed:
                 self._timed.discard(stream)
-                self._due_now[stream] = None
+                self._time(stream)
         if self._due_now and self._keeper is not None:
             due, self._due_now = self._due_now, {}
             keeper = self._keeper
-            try:
-                self._hand_over([stream for stream in due if keeper.handed(stream)[0] < stream.revision])
-            except BaseException:
-                self._due_now |= due  # for the next time
-                raise
+            self._hand_over_each([stream for stream in due if keeper.handed(stream)[0] < stream.revision])
 
     def save_all(self) -> int:
         """Hands over everything that is not saved, for a shutdown; returns how many streams that were."""
@@ -341,8 +352,14 @@ class StateStore:
             if stream.durability.mode != "none"
             and (keeper.handed(stream)[0] < stream.revision or stream.saved.requests != stream.requests)
         ]
-        self._hand_over(unsaved)
+        self._hand_over_each(unsaved)
         return len(unsaved)
+
+    def secure(self, stream: Stream) -> None:
+        """Before an answer: hands over what that will have to wait for, see :meth:`hold`."""
+        keeper, bound = self._keeper, stream.durability.bound
+        if keeper is not None and bound < math.inf and stream.revision - bound > keeper.handed(stream)[0]:
+            self.save(stream)
 
     def hold(self, stream: Stream, release: Done) -> None:
         """Calls ``release`` when enough of the stream is saved for an answer by its present state to leave."""
@@ -350,10 +367,7 @@ class StateStore:
         if keeper is None or bound == math.inf:
             release(None)
             return
-        needed = stream.revision - int(bound)
-        if needed > keeper.handed(stream)[0]:
-            self.save(stream)
-        keeper.hold(stream, needed, release)
+        keeper.hold(stream, stream.revision - int(bound), release)
 
     def maintain(self) -> float:
         """Does what is due with time: saves, and takes idle streams out of memory. Returns when to call it again, in
@@ -435,10 +449,33 @@ class StateStore:
         keeper.note(stream)
         if stream.revision - keeper.handed(stream)[0] >= stream.durability.due:
             self._due_now[stream] = None
-        elif stream not in self._timed:
+        else:
+            self._since.setdefault(stream, self._clock())
+            self._time(stream)
+
+    def _time(self, stream: Stream) -> None:
+        """Makes a stream due when its oldest change is old enough. There is one timer for each."""
+        since = self._since.get(stream)
+        if since is None or stream in self._timed:
+            return
+        due = since + stream.durability.seconds
+        if due <= self._clock():
+            self._due_now[stream] = None
+        else:
             self._timed.add(stream)
-            due = self._clock() + stream.durability.seconds
             heapq.heappush(self._due_later, (due, next(self._order), stream))
+
+    def _hand_over_each(self, streams: Sequence[Stream]) -> None:
+        """Hands over together; where that fails, one by one: a stream that cannot be must not keep others from it."""
+        try:
+            self._hand_over(streams)
+        except Exception:
+            if len(streams) > 1:
+                for stream in streams:
+                    self._hand_over_each([stream])
+                return
+            log.exception("a stream cannot be saved", extra={"stream": streams[0].id})
+            self._due_now[streams[0]] = None  # for the next time
 
     def _hand_over(self, streams: Sequence[Stream], marks: Iterable[str] = (), done: Done | None = None) -> None:
         keeper, packed = self._keeper, dict[Stream, tuple[Layout, Packed]]()
@@ -446,7 +483,7 @@ class StateStore:
             return
         by_lane: dict[Lane, list[Stream]] = {}
         for stream in streams:
-            self._timed.discard(stream)
+            self._since.pop(stream, None)
             if keeper.handed(stream)[1] < stream.state_revision and stream in self._on_device:
                 by_lane.setdefault(self._homes[stream], []).append(stream)
         for lane, group in by_lane.items():  # one copy from the device for all of a lane
@@ -524,7 +561,7 @@ class StateStore:
     def _resident_slot(self, lane: Lane, states: _LaneStates, stream: Stream) -> int:
         now, slot = self._clock(), states.resident.get(stream)
         self.meet(stream)
-        self._homes.setdefault(stream, lane)
+        self._homes[stream] = lane  # and not the stream's own, which may have been changed for what comes later
         if slot is None:
             row, is_fresh = states.initial, False
             if stream not in states.host:
@@ -594,7 +631,7 @@ class StateStore:
                 self.page_outs += 1
             elif keeper.handed(stream)[1] < stream.state_revision:
                 unsaved.append(stream)
-        self._hand_over(unsaved)
+        self._hand_over_each(unsaved)
         if self._host_bytes > OVERDRAFT * most:
             keeper.wait(IDLE_CHECK)
 
@@ -619,7 +656,10 @@ class StateStore:
                     self._tell(Event("evicted", stream, {"version": stream.version}))
                 elif keeper.handed(stream)[1] < stream.state_revision:
                     unsaved.append(stream)
-        self._hand_over(unsaved)
+        self._hand_over_each(unsaved)
+        for lane, states in list(self._lanes.items()):
+            if not (states.resident or states.host or states.leased):
+                del self._lanes[lane]
 
     def _forget(self, states: _LaneStates, stream: Stream) -> None:
         assert stream not in states.leased, f"stream {stream.id!r} is in a running step"
@@ -654,7 +694,7 @@ class StateStore:
             states.pool = self._new_pool(states.layout)
 
     def _new_pool(self, layout: Layout) -> SlotPool:
-        return SlotPool(layout, self.budget.slots, self._device)
+        return SlotPool(layout, self.budget.slots, self._device, self.budget.fit(layout.bytes))
 
 
 def _difference(stored: tuple[Field, ...], expected: tuple[Field, ...]) -> str:
