@@ -24,7 +24,7 @@ test: .venv/.ready-test
 fuzz: .venv/.ready-test
 	FUZZ_EXAMPLES=1000 $(BIN)/pytest tests/http/test_openapi.py -k made_up
 
-# 50 times kill -9 for each durability, see the script: about 15 minutes.
+# 50 times kill -9 for each durability, see the script: some 20 minutes.
 crash: .venv/.ready-test
 	$(BIN)/python benchmarks/crash.py --out out/crash.png
 

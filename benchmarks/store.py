@@ -263,7 +263,7 @@ def report(cases: list[Case]) -> None:
             f"{statistics.median(case.together):,.0f} (by {case.group})", *reads,
             f"{case.place.bytes() / (size * STREAMS[case.kind]):.2f}",
         )  # fmt: skip
-    Console(width=150).print(table)
+    Console(width=160).print(table)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = command("serve", str(write_config(tmp_path)), "--port", str(taken.getsockname()[1]))
     assert done.returncode != 0
-    assert "address already in use" in done.stderr
+    assert "Address already in use" in done.stderr
+    assert re.search(r"error: cannot listen on 127.0.0.1 port \d+", done.stderr)
     assert "Traceback" not in done.stderr
 
 

@@ -226,7 +226,7 @@ def serve(app: FastAPI, settings: Settings, take_over: bool = False) -> None:
     """Runs ``app`` until it is told to stop; then answers or refuses what is under way, within the limits.
 
     Takes the streams once it has its address: who cannot serve them leaves them to who does. Raises ``ConfigError``
-    for certificates and for a store that cannot be used.
+    for certificates, an address or a store that cannot be used.
     """
     # uvicorn raises the signal that ended it once more when it is done. Told to stop, it did: that is exit status 0.
     for sign in (signal.SIGINT, signal.SIGTERM):
@@ -254,14 +254,21 @@ def serve(app: FastAPI, settings: Settings, take_over: bool = False) -> None:
     # What is loaded by now stays: a collection of garbage need not look at it, and pause the server for that.
     gc.collect()
     gc.freeze()
-    sockets = [config.bind_socket()]
+    sockets = [_bind(config)]
     if settings.server.metrics is not None:
         apart = settings.server.metrics
         own = uvicorn.Config(app, host=apart.host, port=apart.port, log_config=None, **tls)
-        sockets.append(own.bind_socket())
+        sockets.append(_bind(own))
         app.state.metrics_port = sockets[1].getsockname()[1]
     app.state.service.begin(take_over)
     _Server(config, app.state.service).run(sockets)
+
+
+def _bind(config: uvicorn.Config) -> socket.socket:
+    try:
+        return config.bind_socket()
+    except SystemExit as error:  # after it has logged why
+        raise ConfigError(f"cannot listen on {config.host} port {config.port}") from error
 
 
 def _allow_connections(most: int) -> None:
