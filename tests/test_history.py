@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from tests.serving import MODEL, TIMEOUT, Bench, Loaded, load, rows, same_state,
 from tta_server.errors import BadInput, Conflict, QueueFull, StepFailed, Unavailable, UnknownName
 from tta_server.history import History
 from tta_server.policies import policy_digest
+from tta_server.settings import Durability
 from tta_server.state.portable import Portable
-from tta_server.state.sqlite import FILE
+from tta_server.state.sqlite import FILE, SqliteStore
 from tta_server.types import Stream
 
 pytestmark = pytest.mark.anyio
@@ -363,3 +366,104 @@ async def test_no_fault_of_the_device_is_a_refusal(bench: Bench, monkeypatch: py
     with pytest.raises(StepFailed, match="out of luck"):
         await soon(history(bench).fork("s", "t"))
     assert not bench.tenant.is_open("t")
+
+
+# Everything at once
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_whatever_happens_at_once_memory_and_store_agree(loaded: Loaded, tmp_path: Path, seed: int) -> None:
+    """Random calls, twelve at a time, on few streams over tiny tiers. None fails but by an error that says why, and
+    what is stored in the end is what was in memory, bit for bit."""
+    chance, files, ids = random.Random(seed), list[bytes](), [f"s{index}" for index in range(6)]
+    store = {"folder": str(tmp_path / "store")}
+    async with serving(loaded, limits={"slots": 3, "host_bytes": 1}, state=store) as bench:
+        tenant, past = bench.tenant, history(bench)
+
+        async def export(id: str) -> None:
+            files.append(await past.export(id))
+
+        async def change(id: str, **wanted: Any) -> None:
+            stream, _ = await tenant.update(id, **wanted)
+            await tenant.settle(stream)
+
+        async def one() -> None:
+            id, other, mark = chance.choice(ids), chance.choice(ids), chance.choice("abc")
+            mode, steps = chance.choice(["none", "async", "sync"]), chance.choice([1, 4])
+            durability = Durability.model_validate(
+                {"mode": mode, "steps": steps, "seconds": chance.choice([0.02, 5.0])}
+            )
+            x, adapt = rows(chance.randrange(1, 4), chance.randrange(99)), chance.choice([None, None, None, False])
+            calls: list[tuple[int, Callable[[], Awaitable[object]]]] = [
+                (50, lambda: tenant.predict(MODEL, x, stream=id, adapt=adapt)),
+                (6, lambda: past.mark(id, mark)),
+                (2, lambda: past.unmark(id, mark)),
+                (8, lambda: past.rollback(id, mark, None)),
+                (4, lambda: past.fork(id, other)),
+                (5, lambda: export(id)),
+                (4, lambda: past.restore(id, Portable.parse(chance.choice(files or [b""])))),
+                (7, lambda: change(id, settings={"lr": chance.choice([0.01, 0.02, 0.03])})),
+                (2, lambda: change(id, policy=chance.choice(["tent", "norm"]))),
+                (4, lambda: change(id, durability=durability)),
+                (3, lambda: tenant.reset(id)),
+                (5, lambda: tenant.close(id)),
+            ]
+            if not tenant.is_open(id):
+                stream, _ = tenant.open(id, policy=chance.choice(["tent", "norm"]), durability=durability)
+                await tenant.settle(stream)
+                return
+            (call,) = chance.choices([call for _, call in calls], [weight for weight, _ in calls])
+            # Whoever comes too late, or asks for what is not there, is told so.
+            with suppress(BadInput, Conflict, QueueFull, UnknownName):
+                await call()
+
+        for _ in range(40):
+            async with asyncio.timeout(TIMEOUT):
+                await asyncio.gather(*(one() for _ in range(12)))
+            await bench.settled()
+            bench.device.store.check_integrity()
+        expected = {
+            stream.id: (stream.version, stream.revision, bench.device.store.dump(stream.lane, stream)[1])
+            for stream in tenant.streams()
+            if stream.durability.mode != "none" and stream.version
+        }
+        assert bench.device.keeper.tally.refused == bench.device.keeper.tally.damaged == 0
+    stored = SqliteStore(tmp_path / "store")
+    found = {
+        one.record.id: (one.record.version, one.revision, stored.load(one.key, one.state_revision).data)
+        for one in stored.index().streams
+        if one.record.durability.mode != "none" and one.record.version
+    }
+    assert stored.verify() == []
+    stored.close()
+    assert found == expected
+
+
+async def test_a_copy_is_of_the_policy_at_its_turn(bench: Bench) -> None:
+    """A change of settings that comes later queues behind it, though the stream has it at once."""
+    stream = await adapted(bench, settings={"lr": 0.02})
+    before, data = stream.lane, bench.device.store.dump(stream.lane, stream)[1]
+    gate = await bench.hold()
+    exporting = start(history(bench).export("s"))
+    await bench.waiting(1)
+    changing = start(bench.tenant.update("s", settings={"lr": 0.5}))
+    await bench.waiting(2)
+    gate.open()
+    file = Portable.parse(await exporting)
+    assert (await changing)[1] is True
+    assert (file.data, file.manifest.version, file.manifest.settings["lr"]) == (data, 2, 0.02)
+    assert file.manifest.policy_digest == policy_digest(before.policy)
+
+
+async def test_a_stream_that_is_deleted_meanwhile_stays_deleted(loaded: Loaded, tmp_path: Path) -> None:
+    """In memory and in the store, and its id is free for another that is stored."""
+    async with serving(loaded, state={"folder": str(tmp_path / "store")}) as bench:
+        sync = Durability(mode="sync")
+        old = await adapted(bench, durability=sync)
+        await bench.tenant.close("s")
+        with pytest.raises(UnknownName, match="deleted meanwhile"):
+            await bench.tenant.store(old, ("mark",))
+        await bench.tenant.settle(old)
+        new = await adapted(bench, durability=sync)
+        await bench.tenant.settle(new)
+        assert (new.unsaved, bench.device.keeper.tally.refused) == (0, 0)

@@ -183,12 +183,14 @@ def test_stopped_under_load(kept: Kept) -> None:
             connection.sendall(request(client))
         waiting(server, len(clients))
         late = connections.enter_context(server.connect())
-        late.sendall(infer(rows(1))[:-1])
+        head, _, content = infer(rows(1)).partition(b"\r\n\r\n")
+        late.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
+        assert late.recv(2**10).startswith(b"HTTP/1.1 100 ")
 
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("a closed port", lambda: not is_open(server.port))
-        late.sendall(infer(rows(1))[-1:])
+        late.sendall(content)
         refused = reply(late)
         assert (refused.status_code, refused.headers["Retry-After"].isdigit()) == (503, True)
         held.close()
@@ -302,9 +304,9 @@ def request(client: Client) -> bytes:
 
 def reply(connection: socket.socket) -> httpx.Response:
     """What comes."""
-    found = HTTPResponse(connection)
-    found.begin()
-    return httpx.Response(found.status, headers=found.getheaders(), content=found.read())
+    with HTTPResponse(connection) as found:
+        found.begin()
+        return httpx.Response(found.status, headers=found.getheaders(), content=found.read())
 
 
 def is_open(port: int) -> bool:
