@@ -74,6 +74,7 @@ async def test_a_state_with_a_name_stays_and_others_go(server: Server) -> None:
     await server.open("s", durability="sync")
     for version in range(1, 15):
         await server.predict("s", rows(2, version))
+        await server.stored()  # each by itself: of those that wait for the disk only the newest is written
         if version == 5:
             await mark(server, "five")
     await server.info("s")
