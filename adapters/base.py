@@ -192,7 +192,8 @@ class Batch:
         """The model under these weights, ``[S, ...]`` each; those that are missing are the source's.
 
         ``segments`` says whose the rows ``x`` are where they are not the batch's own, ``norm`` how batch norms
-        normalise where that is not the policy's own way. There must be at least one row.
+        normalise where that is not the policy's own way; it is taken as it is, whatever ``statistics`` and
+        ``source_rows`` are set to. There must be at least one row.
         """
         return self.network(weights, x, segments or self.segments, norm or self.norm)
 
@@ -231,19 +232,36 @@ class Norm:
     variance is that of all rows together, ``(1 - a) V + a v + a (1 - a) (M - m)^2``, so that single rows lose nothing
     (each has only its own variance, not the one between rows). Its ``v`` is the biased one.
 
+    With ``median`` the batch's centre ``m`` is the median of its values by channel instead of their mean, and its
+    variance the mean squared deviation from that, ``v = 1/n sum_i (x_i - m)^2``, as it stands in mixtures, too (MedBN,
+    Park et al., CVPR 2024, arXiv 2403.19326). Of an even number of values it is the lower one of the two in the middle.
+
+    With a ``prior`` of ``N`` rows the weight is ``n / (N + n)`` for the ``n`` rows that a stream has in the pass
+    (Schneider et al., NeurIPS 2020, arXiv 2006.16971); ``weight`` must be 1.
+
     A layer that sees a single value per channel in a stream uses the reference: there is no variance to speak of,
     except with ``per_row``, where one value is as good as any other. Layer and group norms have no such statistics and
-    are not concerned.
+    are not concerned. A batch norm that has no statistics of the source uses the batch's alone.
+
+    Raises ``ValueError`` for a weight outside of [0, 1], and where ``median`` or ``prior`` do not go with the rest.
     """
 
     weight: float
     running: bool = False
     biased: bool = False
     per_row: bool = False
+    median: bool = False
+    prior: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.weight <= 1.0:
             raise ValueError(f"the weight of the batch statistics must lie in [0, 1], got {self.weight}")
+        if self.median and self.per_row:
+            raise ValueError("averages per row are of means; there is no such average of medians")
+        if not 0.0 <= self.prior < math.inf:
+            raise ValueError(f"a prior is a number of rows, 0 or more, got {self.prior}")
+        if self.prior and (self.weight != 1.0 or self.running or self.per_row):
+            raise ValueError("a prior sets the weight of the batch statistics, so weight must be 1 and no average run")
 
 
 SOURCE_NORM = Norm(0.0)
@@ -258,11 +276,13 @@ class Policy(ABC):
     authors: no context manager held across the ``yield``, counters in float64 or int64, an empty selection means no
     step and no optimiser change, and draws under a condition have a name of their own (``batch.random.named``).
 
-    The settings here are every policy's, and ``stream.py`` sees to them: ``window``, a number of rows: small requests
+    The settings here are every policy's, and ``serving.py`` sees to them: ``window``, a number of rows: small requests
     are answered by moving statistics, and a step runs on the last ``window`` rows each time so many have come (0: each
     request is a batch of its own). ``window_images``: how these rows are kept meanwhile, ``auto`` as 8-bit where inputs
     have a range, ``exact`` as they came, ``none`` not at all, so that only requests of at least ``window`` rows adapt.
-    ``reset_after``: after so many rows the stream starts afresh from the source (RDumb; 0: never).
+    ``reset_after``: after so many rows the stream starts afresh from the source (RDumb; 0: never). ``statistics``: the
+    batch's in ``norm``, about its ``mean`` or its ``median`` (``Norm.median``). ``source_rows``: as how many rows
+    the source's statistics count beside the batch's (``Norm.prior``; 0: not at all).
     """
 
     name: ClassVar[str]
@@ -280,9 +300,11 @@ class Policy(ABC):
     window: int = 0
     window_images: Literal["auto", "exact", "none"] = "auto"
     reset_after: int = 0
+    statistics: Literal["mean", "median"] = "mean"
+    source_rows: int = 0
 
     def __post_init__(self) -> None:
-        counts = {"window": "[0, 4096]", "reset_after": "[0, inf)"}
+        counts = {"window": "[0, 4096]", "reset_after": "[0, inf)", "source_rows": "[0, 1000000]"}
         for setting, interval in (counts | self.ranges).items():
             value = getattr(self, setting)
             if value is not None and not _lies_in(value, interval):

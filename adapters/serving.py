@@ -1,6 +1,6 @@
-"""What every policy can have around its own step: a window for small requests, and a periodic reset.
+"""What every policy can have around its own step: a window for small requests, a periodic reset, robust statistics.
 
-The server calls :func:`init` and :func:`step` here; with neither setting they are the policy's own.
+The server calls :func:`init` and :func:`step` here; with none of these settings they are the policy's own.
 
 *Window.* A policy that normalises by the batch needs one; a client that sends an image at a time has none. With a
 window of ``W`` rows, a request is answered by moving statistics: every batch norm keeps an average over the stream's
@@ -11,6 +11,10 @@ without batch norm answer by the policy's weights as they stand.
 *Reset.* After ``reset_after`` rows everything a stream has learned is dropped and it starts from the source again
 (RDumb, Press et al., NeurIPS 2023, arXiv 2306.05401; theirs is 1,000 batches of 64). It is looked at before a request,
 so that a request is answered whole by one state.
+
+*Robust statistics.* A policy that normalises by the batch can do so about the median, or with the source's statistics
+as so many rows more (``Norm.median``, ``Norm.prior``): :func:`norm_of` says how its batch norms then normalise. A norm
+that the policy itself names in ``Batch.forward`` stays as it is.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ _ROWS, _COUNT = f"{_WINDOW}x", f"{_WINDOW}rows"
 
 def init(policy: Policy, source: Source) -> State:
     """The state of one new stream. Raises ``ValueError`` where the policy cannot run on this source."""
+    _check_statistics(policy, source)
     state = policy.init(source)
     memory = dict(state.memory)
     if policy.window:
@@ -52,6 +57,7 @@ def init(policy: Policy, source: Source) -> State:
 
 def step(policy: Policy, source: Source, state: State, batch: Batch) -> Generator[Tensor, None, Step]:
     """The policy's step, as :meth:`Policy.step`, with what surrounds it."""
+    batch = replace(batch, norm=norm_of(policy))
     seen = state.memory.get(_SEEN)
     if seen is None:
         return (yield from _windowed(policy, source, state, batch))
@@ -62,6 +68,37 @@ def step(policy: Policy, source: Source, state: State, batch: Batch) -> Generato
     done = yield from _windowed(policy, source, State(state.weights, memory), batch)
     seen = state.memory[_SEEN] + batch.segments.counts
     return Step(State(done.state.weights, done.state.memory | {_SEEN: seen}), done.signals | {"reset": due.double()})
+
+
+def norm_of(policy: Policy) -> Norm:
+    """How batch norms normalise under a policy as it is set."""
+    norm = policy.norm
+    if policy.statistics == "median":
+        norm = replace(norm, median=True)
+    if policy.source_rows:
+        norm = replace(norm, prior=policy.source_rows)
+    return norm
+
+
+def _check_statistics(policy: Policy, source: Source) -> None:
+    """Raises ``ValueError`` where the settings of :func:`norm_of` would do nothing, or not what they say."""
+    median = policy.statistics == "median"
+    if not median and not policy.source_rows:
+        return
+    setting = "median statistics" if median else "source_rows"
+    if policy.window:
+        raise ValueError(
+            f"{policy.name} takes no {setting} with a window, whose requests are answered by moving averages: these "
+            "are means, and start at the source anyway"
+        )
+    if median and not policy.norm.weight:
+        raise ValueError(f"{policy.name} takes no median statistics: it does not normalise by the batch")
+    if policy.source_rows and policy.norm != BATCH_NORM:
+        raise ValueError(f"{policy.name} takes no source_rows: it does not normalise by the batch alone")
+    if policy.source_rows and not source.statistics:
+        raise ValueError(
+            f"{policy.name} takes no source_rows here: this model has no batch-norm statistics of the source to count"
+        )
 
 
 def _windowed(policy: Policy, source: Source, state: State, batch: Batch) -> Generator[Tensor, None, Step]:

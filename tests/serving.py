@@ -118,6 +118,7 @@ def write_config(folder: Path, *models: str, **sections: Any) -> Path:
         "server": {"device": "cpu"},
         "monitor": {"shadow_ratio": 0.5},
         "state": {"folder": None},
+        "guard": {"enabled": False},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config | sections), encoding="utf-8")

@@ -32,6 +32,7 @@ from tta_server.errors import BadInput, ConfigError, TtaError
 from tta_server.policies import make_policy
 from tta_server.prepare import GROUPS, PrepareOptions, batch_sizes, prepare
 from tta_server.settings import InputSettings, load_settings
+from tta_server.drift.estimators import Head, make_estimates
 
 MEAN, STD, CLASSES = 0.3049, 0.3754, tuple(map(str, range(10)))
 
@@ -189,6 +190,31 @@ def test_the_monitors_reference_is_of_the_sources_own_view(
     assert (low + high) / 2 == pytest.approx(confidence, abs=0.005)
     assert reference.features.mean.shape == (10, made["prototypes/mean"].shape[1])
     assert reference.sizes.tolist() == [1, 2, 4, 8, 16, 32, 64, 128], "half of the 500 that are drawn from, at most"
+
+
+def test_estimates_are_of_the_sources_own_view(
+    made: dict[str, Tensor], network: nn.Module, data: tuple[Tensor, Tensor]
+) -> None:
+    """As made of plain torch's scores and features; and small."""
+    with torch.no_grad():
+        logits, features = network(data[0]).numpy(), features_of(network, data[0]).numpy()
+    order, layer = np.random.default_rng(0).permutation(1000), head_of(network)
+    head = Head(layer.weight.detach().numpy(), layer.bias.detach().numpy())
+    expected = make_estimates(logits[order], features[order], data[1].numpy()[order], head).tensors()
+    stored = {key.partition("/")[2]: value for key, value in made.items() if key.startswith("estimates/")}
+    assert stored.keys() == expected.keys()
+    for name, value in stored.items():
+        np.testing.assert_allclose(value.numpy(), expected[name], rtol=1e-3, atol=1e-3, err_msg=name)
+    assert sum(value.nbytes for value in stored.values()) < 100_000
+
+
+def test_estimates_say_what_they_rest_on(folder: Path) -> None:
+    """The network gets none of its training digits wrong; 150 are too few; and none but asked-for images are used."""
+    options = PrepareOptions(folder / "config.yaml", folder, only=("estimates",), force=True, calibration_images=300)
+    assert "estimates: of 300 clean images the model gets 0 wrong, too few" in run(options)
+    assert load(folder / "config.yaml").prepared["estimates"]["images"] == 300
+    with pytest.raises(ConfigError, match=r"estimates needs at least 200 clean images, and is to take 150 from"):
+        run(replace(options, calibration_images=150))
 
 
 def test_replay_images_are_source_images(made: dict[str, Tensor], prepared_digits: Path) -> None:
@@ -379,6 +405,7 @@ def test_images_without_labels(folder: Path) -> None:
     said = run(options)
     assert "prototypes: left out" in said
     assert "monitoring: left out, as it needs at least 200 clean images" in said
+    assert "estimates: left out, as it needs labels" in said
     assert "rmt still needs prototypes, replay" in " ".join(said.split())
     model = load(folder / "config.yaml")
     assert set(model.prepared) == {"fisher", "prior", "warmup"}

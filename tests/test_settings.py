@@ -16,6 +16,7 @@ from tta_server.errors import BadInput, ConfigError
 from tta_server.policies import make_policy
 from tta_server.settings import (
     AccessSettings,
+    GuardSettings,
     InputSettings,
     LimitSettings,
     Right,
@@ -76,8 +77,17 @@ def test_every_value_can_be_set(tmp_path: Path) -> None:
         },
         "limits": dict.fromkeys(LimitSettings.model_fields, 7) | {"shed_share": 0.7},
         "streams": {"unknown_id": "refuse", "default": "shared"},
+        "guard": {
+            **dict.fromkeys(GuardSettings.model_fields, 0.5),
+            **dict.fromkeys(
+                ("shadow_rows", "canary_rows", "cooldown_rows", "rejected_steps", "updates_per_minute", "reset_rows"), 7
+            ),
+            "enabled": False,
+            "guarantee": {"kind": "audit", "eps": 0.5, "b0": 3.0, "c0": 4.0, "q": 0.5, "c": 9.0, "alpha": 0.5},
+        },
+        "labels": {"requests": 7, "bytes": 8, "seconds": 9.5},
         "monitor": {
-            "enabled": False, "shadow_ratio": 1, "frozen_ratio": 0.5, "half_life": 2.5, "worst": 3,
+            "estimate_every": 3, "enabled": False, "shadow_ratio": 1, "frozen_ratio": 0.5, "half_life": 2.5, "worst": 3,
             "watched": ("door-*",), "events": 7,
         },
     }  # fmt: skip
@@ -165,7 +175,7 @@ def test_unknown_keys_are_refused(tmp_path: Path, content: Any, place: str) -> N
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "must be a mapping with the keys models, server, auth, limits, streams, state, monitor"),
+        ("", "must be a mapping with the keys models, server, auth, limits, streams, state, guard, labels, monitor"),
         ("- a\n- b", "must be a mapping"),
         ("just text", "must be a mapping"),
         ("models: {m: [", "cannot read the config file"),

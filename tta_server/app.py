@@ -24,7 +24,7 @@ from starlette.datastructures import State
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import adapters
-from tta_server import __version__, logs
+from tta_server import __version__, logs, report_card
 from tta_server.access import Access
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine
@@ -33,7 +33,7 @@ from tta_server.engine.source import SourceModel, choose_device, load_model
 from tta_server.engine.threads import in_passing
 from tta_server.errors import ConfigError
 from tta_server.events import EventLog
-from tta_server.http import infer, live, problems, schemas, schemas_v2, snapshots, streams, v1, v2
+from tta_server.http import feedback, infer, live, problems, schemas, schemas_v2, snapshots, streams, v1, v2
 from tta_server.http.guard import guarded, needs
 from tta_server.http.protocol import bounded
 from tta_server.http.wire import PROBLEMS, refuse_unknown, request_id
@@ -80,7 +80,14 @@ def load_models(settings: Settings) -> dict[str, SourceModel]:
 def _load(settings: Settings, name: str) -> SourceModel:
     def load() -> SourceModel:
         model = load_model(name, settings, choose_device(settings.server.device))
-        return replace(model, reports={policy: policy_report(policy, model) for policy in adapters.policies()})
+        reports = {policy: policy_report(policy, model) for policy in adapters.policies()}
+        cards = report_card.read_card(report_card.card_path(settings.artefacts_path(name)), model, settings.guard)
+        for policy in cards.keys() & reports.keys():
+            reports[policy]["card"] = cards[policy].model_dump()
+        if cards:
+            verdicts = {policy: card.verdict for policy, card in sorted(cards.items())}
+            log.info("report card", extra={"model": name, "verdicts": verdicts})
+        return replace(model, reports=reports)
 
     return in_passing(load)
 
@@ -120,7 +127,15 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
     store = StateStore(budget, device, keeper, settings.state.idle_seconds, tell)
     watching = settings.monitor
     monitor = Monitor(watching.half_life)
-    engine = Engine(models, store, monitor, watching.shadow_ratio, watching.frozen_ratio, watching.enabled)
+    engine = Engine(
+        models,
+        store,
+        monitor,
+        watching.shadow_ratio,
+        watching.frozen_ratio,
+        watching.enabled,
+        watching.estimate_every,
+    )
     scheduler = Scheduler(
         Bounds(
             max_rows=limits.batch_rows,
@@ -188,7 +203,8 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
 
     # In the order in which a request's path is looked up: predictions first.
     routers = (
-        infer.router(service), streams.router(service), snapshots.router(service), v1.router(service),
+        infer.router(service), streams.router(service), snapshots.router(service), feedback.router(service),
+        v1.router(service),
         v2.router(service, statistics), live.router(service, events), operations,
     )  # fmt: skip
     for router in routers:

@@ -46,7 +46,8 @@ def print_report(models: Mapping[str, SourceModel], budget: Budget, console: Con
         for name in model.left_alone:
             found = f"{name}: of a type that streams cannot adapt yet; stays as trained"
             console.print(f"  [yellow]left alone[/yellow]     {found}")
-        table = Table("policy", "runs", "bytes per stream", "slots", "why not")
+        cards = {name: report["card"] for name, report in model.reports.items() if "card" in report}
+        table = Table("policy", "runs", "bytes per stream", "slots", *(["report card"] if cards else []), "why not")
         for report in model.reports.values():
             size = report["bytes_per_stream"] if report["runs"] else 0
             table.add_row(
@@ -54,9 +55,14 @@ def print_report(models: Mapping[str, SourceModel], budget: Budget, console: Con
                 "yes" if report["runs"] else "no",
                 f"{size:,}" if report["runs"] else "",
                 f"{budget.fit(size):,}" if size else "",
+                *([cards[report["name"]]["verdict"] if report["name"] in cards else ""] if cards else []),
                 Text(report.get("reason", "")),
             )
         console.print(table)
+        if not cards:
+            console.print("  report card    none; tta-server prepare CONFIG --data CLEAN_IMAGES --report makes one")
+        for name, card in cards.items():
+            console.print(Text(f"  {name}: {card['verdict']}. {card['sentence']}"))
     check_defaults(models)
 
 

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 import adapters
-from tta_server import __version__, app, check, logs, state_cli
-from tta_server.errors import ConfigError, TtaError
+from tta_server import __version__, app, check, logs, report_card, state_cli
+from tta_server.errors import BadInput, ConfigError, TtaError
 from tta_server.policies import check_package_names, describe, load_plugins
 from tta_server.settings import Settings, load_settings
 
@@ -149,10 +149,22 @@ def prepare(
     warm_up_images: Annotated[int, typer.Option(min=2, help="Images that rmt's warm-up goes through in all.")] = 50_000,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice and order of images.")] = 0,
     force: Annotated[bool, typer.Option(help="Make anew what is there already.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Make a report card of policies, too: tried against the source.")
+    ] = False,
+    report_images: Annotated[
+        int, typer.Option(min=report_card.LEAST_IMAGES, help="Most images in a scenario of the report card.")
+    ] = 384,
+    reported: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[POLICY]...", help="With --report: which; default: all that run on the model."),
+    ] = None,
 ) -> None:
     """Computes what some policies need to know of the source data, once, and stores it beside the weights."""
     from tta_server.prepare import PrepareOptions, prepare
 
+    if reported and not report:
+        raise BadInput(f"policies are named for --report only, got {' '.join(reported)}")
     check_package_names()
     options = PrepareOptions(
         config=config,
@@ -168,6 +180,8 @@ def prepare(
         warm_up_images=warm_up_images,
         seed=seed,
         force=force,
+        report=tuple(reported or ()) if report else None,
+        report_images=report_images,
     )
     prepare(options, Console())
 

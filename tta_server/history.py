@@ -135,6 +135,7 @@ class History:
             adapt=stream.adapt,
             durability=stream.durability,
             state_bytes=len(dump.data),
+            guard=self._tenant.guard_like(stream),
         )
         await self._begin(fork, dump.fields, dump.data, dump.version)
         self._tell("imported", fork, version=dump.version, of=id)
@@ -228,7 +229,7 @@ class History:
         engine = self._backend.engine
         engine.add_lane(lane)
         engine.store.restore_dump(lane, stream, fields, data, version)
-        engine.monitor.forget(stream)
+        engine.forget(stream)
 
     async def _on_device(self, stream: Stream, run: Callable[[Lane], T]) -> T:
         """What ``run`` returns, on the device thread, after the stream's requests so far; not broken off.

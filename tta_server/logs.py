@@ -37,6 +37,7 @@ LINES = {
     "change": (logging.INFO, "stream changed against its own past"),
     "rejected": (logging.WARNING, "adaptation step rejected: its state or scores were not finite"),
     "failed": (logging.WARNING, "adaptation step failed"),
+    "guard": (logging.INFO, "stream's guard moved"),
 }
 """Level and message by kind of event."""
 

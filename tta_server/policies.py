@@ -79,9 +79,19 @@ def settings_of(policy: Policy) -> dict[str, Any]:
     return asdict(cast("Any", policy))
 
 
+LATER = {"statistics": "mean", "source_rows": 0}
+"""Settings of all policies that came after the first format of state files, and their defaults."""
+
+
 def policy_digest(policy: Policy) -> str:
-    """Hex SHA-256 of a policy's name and settings: equal digests, equal rule."""
-    return hashlib.sha256(json.dumps([policy.name, settings_of(policy)], sort_keys=True).encode()).hexdigest()
+    """Hex SHA-256 of a policy's name and settings: equal digests, equal rule.
+
+    What all policies can be given since the first release counts only where it is given, so that a state that was
+    exported before fits.
+    """
+    settings = settings_of(policy)
+    told = {key: value for key, value in settings.items() if key not in LATER or value != LATER[key]}
+    return hashlib.sha256(json.dumps([policy.name, told], sort_keys=True).encode()).hexdigest()
 
 
 def _policy_type(name: str) -> type[Policy]:

@@ -29,7 +29,12 @@ from adapters.base import BATCH_NORM, SOURCE_NORM, Batch, Norm, Output, Scope, S
 from adapters.eata import squared_gradient
 from adapters.images import ImageStore
 from adapters.rmt import Rmt, as_artefact, warm_up
+from tta_server import damage, report_card
 from tta_server.data import SourceImages, load_source_images, to_inputs
+from tta_server.drift import estimators
+from tta_server.drift.benefit import GROUP as BENEFIT
+from tta_server.drift.estimators import GROUP as ESTIMATES
+from tta_server.drift.estimators import Estimates, Head, make_estimates
 from tta_server.drift.reference import GROUP as MONITORING
 from tta_server.drift.reference import LEAST_ROWS, CleanRows, make_reference
 from tta_server.drift.signals import LayerStatistics
@@ -62,12 +67,17 @@ class PrepareOptions:
     fisher_images: int = 2000
     calibration_images: int = 2000
     monitoring_images: int = 2000
+    benefit_images: int = 2000
     replay_images: int = 2000
     warm_up_images: int = 50_000
     """How many the warm-up goes through in all, over and over."""
     seed: int = 0
     force: bool = False
     """Makes groups anew that the file has already."""
+    report: tuple[str, ...] | None = None
+    """Makes a report card of these policies, too; of none named: of all that run. ``None``: no card."""
+    report_images: int = 384
+    """Most images in a scenario of it."""
 
 
 Work = Iterator[Tensors | None]
@@ -239,6 +249,37 @@ def _monitoring(source: _Source) -> Work:
     yield {name: torch.from_numpy(np.asarray(value)) for name, value in made.items()}
 
 
+def _estimates(source: _Source) -> Work:
+    """What label-free accuracy is estimated with, see ``tta_server/drift/estimators.py``."""
+    parts: list[tuple[NDArray[Any], ...]] = []
+    for x, own in source.batches(min(source.options.calibration_images, len(source.data))):
+        output = source.run(x, SOURCE_NORM)
+        parts.append((output.logits.float().cpu().numpy(), output.features.float().cpu().numpy(), own.cpu().numpy()))
+        yield None
+    logits, features, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    stored = {
+        name: source.model.source.weights.get(f"{source.model.source.head}.{name}") for name in ("weight", "bias")
+    }
+    parameters = {name: one.detach().float().cpu().numpy() for name, one in stored.items() if one is not None}
+    head = Head(**parameters) if "weight" in parameters else None
+    try:
+        made = make_estimates(logits, features, labels, head, source.options.seed).tensors()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    yield {name: torch.from_numpy(value) for name, value in made.items()}
+
+
+def _benefit(source: _Source) -> Work:
+    """The judge of whether adaptation helps, see ``tta_server/drift/benefit.py``."""
+    store, images, labels = ImageStore(source.model.source), [], []
+    for x, own in source.batches(min(source.options.benefit_images, len(source.data))):
+        images.append(store.pack(x))
+        labels.append(own)
+    x, known = store.unpack(torch.cat(images)), torch.cat(labels).cpu().numpy()
+    for made in damage.judge(source.model, x, known, source.options.seed):
+        yield None if made is None else {name: torch.from_numpy(value) for name, value in made.tensors().items()}
+
+
 def _replay(source: _Source) -> Work:
     """``images [n, ...]`` (8-bit where inputs have a range) and ``labels [n]``."""
     store, images, labels = ImageStore(source.model.source), [], []
@@ -303,8 +344,20 @@ GROUPS: dict[str, Group] = {
         lambda options, rows: min(options.calibration_images, rows),
         needs_labels=True,
     ),
+    "estimates": Group(
+        "label-free accuracy",
+        _estimates,
+        lambda options, rows: min(options.calibration_images, rows),
+        needs_labels=True,
+    ),
     "monitoring": Group(
         "clean signals for the monitor", _monitoring, lambda options, rows: min(options.monitoring_images, rows)
+    ),
+    "benefit": Group(
+        "damaged streams for the guard",
+        _benefit,
+        lambda options, _: damage.REQUESTS * options.batch_size,
+        needs_labels=True,
     ),
     "warmup": Group("warm-up of rmt", partial(_warm_up, Scope.ALL), lambda options, _: options.warm_up_images),
     "warmup_norm": Group(
@@ -347,6 +400,10 @@ def prepare(options: PrepareOptions, console: Console) -> Artefacts:
     if not os.access(path.parent, os.W_OK):
         raise ConfigError(f"cannot write artefacts to the folder {path.parent}; set models.{name}.artefacts to another")
     data = load_source_images(options.data, model.settings.input, model.classes, options.images, options.seed)
+    card = None
+    if options.report is not None:
+        card = report_card.CardOptions(options.report, options.report_images, options.seed, options.benefit_images)
+        report_card.check(card, model, data)
     artefacts = load_artefacts(path, model.digest, torch.device("cpu"))
     source = _Source(model, data, options, path.with_name(f"{path.name}.unfinished"))
     for group in _wanted(options, model, data, artefacts, console):
@@ -359,18 +416,35 @@ def prepare(options: PrepareOptions, console: Console) -> Artefacts:
         artefacts.put(group, tensors, how)
         artefacts.save(path)
         source.drop_unfinished(group)
+        for remark in _remarks(group, tensors):
+            console.print(f"[yellow]{group}: {remark}[/yellow]")
     console.print(_table(artefacts, model))
     console.print(f"{path}: {sum(value.nbytes for value in artefacts.tensors.values()):,} bytes")
+    if card is not None:
+        whole = load_model(name, settings, choose_device(settings.server.device))  # with what it has now
+        report_card.make_card(whole, data, settings.guard, card, report_card.card_path(path), console)
     return artefacts
 
 
-def _why_not(name: str, model: SourceModel, data: SourceImages) -> str:
+def _remarks(group: str, tensors: Tensors) -> list[str]:
+    """What is to be said of a group that was made."""
+    if group != ESTIMATES:
+        return []
+    return Estimates.of_tensors({key: value.numpy() for key, value in tensors.items()}).remarks
+
+
+def _why_not(name: str, model: SourceModel, data: SourceImages, options: PrepareOptions) -> str:
     """Why a group cannot be made; empty where it can."""
+    rows = GROUPS[name].rows(options, len(data))
     if GROUPS[name].needs_labels and not data.has_labels:
         return f"needs labels, and the images of {data.name} have none"
     if name == MONITORING and len(data) < LEAST_ROWS:
         return f"needs at least {LEAST_ROWS} clean images, and there are {len(data)} in {data.name}"
-    if name == MONITORING and model.network.mixes_rows:
+    if name == ESTIMATES and rows < estimators.LEAST_ROWS:
+        return f"needs at least {estimators.LEAST_ROWS} clean images, and is to take {rows} from {data.name}"
+    if name == BENEFIT and (reason := damage.why_not(model)):
+        return reason
+    if name in (MONITORING, ESTIMATES) and model.network.mixes_rows:
         return "needs scores that do not depend on the request, and this model has batch norms without statistics"
     return ""
 
@@ -383,7 +457,7 @@ def _wanted(
     for name, group in GROUPS.items():
         if name not in options.only and (options.only or group.on_request):
             continue
-        if reason := _why_not(name, model, data):
+        if reason := _why_not(name, model, data, options):
             if options.only:
                 raise ConfigError(f"{name} {reason}")
             console.print(f"[yellow]{name}: left out, as it {reason}[/yellow]")
@@ -417,7 +491,7 @@ def _table(artefacts: Artefacts, model: SourceModel) -> Table:
     for name, how in artefacts.made.items():
         size = sum(value.nbytes for key, value in artefacts.tensors.items() if key.startswith(f"{name}/"))
         users = ", ".join(policy for policy, wanted in needs.items() if name in wanted)
-        users = "drift score and verdict" if name == MONITORING else users
+        users = {MONITORING: "drift score and verdict", ESTIMATES: "label-free accuracy"}.get(name, users)
         table.add_row(name, str(how["images"]), str(how["batch_size"]), f"{size:,}", users or "-")
     for policy, wanted in needs.items():
         if missing := sorted(wanted - artefacts.made.keys()):

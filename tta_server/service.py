@@ -114,6 +114,7 @@ class Service:
             budget=store.budget,
             digests={name: model.digest for name, model in loaded.items()},
             references={name: model.reference is not None for name, model in loaded.items()},
+            feedbacks=[tenant.feedback for tenant in self._tenants.values()],
         )
 
     def history(self, tenant: Tenant) -> History:
@@ -158,6 +159,7 @@ class Service:
         except TtaError as error:
             unusable = str(error)
         stream = record.stream(policy)
+        self.tenant(record.tenant).equip(stream, record.guard)
         keeper, tenant = self._backend.keeper, self.tenant(record.tenant)
         if unusable:
             log.error("a stored stream cannot be used", extra={"stream": stream.id, "reason": unusable})

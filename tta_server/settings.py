@@ -128,6 +128,81 @@ class Durability(_Settings):
         return {"none": math.inf, "async": max(1, self.steps // 2), "sync": 1}[self.mode]
 
 
+class GuaranteeSettings(_Settings):
+    """What a stream is promised of its regret, the errors it is served beyond those of its source model. See
+    ``trust/guarantees.py``."""
+
+    kind: Literal["none", "budget", "ledger", "audit"] = "none"
+    """``none``: nothing but the guard's estimates; ``budget``: at most ``b0 + eps t`` errors more after ``t`` rows,
+    without labels; ``ledger``: at most ``b0 + c0 + eps n`` in any ``n`` rows on end, where labels buy more room;
+    ``audit``: alarms and an interval from labels of a share of the disagreements, chosen by the server's coin."""
+    eps: float = Field(default=0.02, ge=0, le=1)
+    """Errors a row."""
+    b0: float = Field(default=50.0, ge=0, le=1e6)
+    """Of ``budget`` and ``ledger``: errors."""
+    c0: float = Field(default=50.0, ge=0, le=1e6)
+    """Of ``ledger``: errors made good that are held as credit."""
+    q: float = Field(default=0.1, gt=0, le=1)
+    """Of ``audit``: the share of disagreements whose label is asked for."""
+    c: float = Field(default=1e4, gt=1, le=1e12)
+    """Of ``audit``: an alarm where adaptation does no harm comes every ``c`` audits or less often, on average."""
+    alpha: float = Field(default=0.01, gt=0, lt=1)
+    """Of ``audit``: the probability that a stream without benefit is ever certified."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GuaranteeSettings:
+        if self.kind == "ledger" and self.b0 + self.c0 < 1:
+            raise ValueError(f"b0 + c0 must be at least 1, got {self.b0:g} + {self.c0:g}")
+        return self
+
+
+class GuardSettings(_Settings):
+    """When adapted answers are served and learned from, see ``trust/guard.py``."""
+
+    enabled: bool = True
+    """Off: a stream that adapts is served as adapted, whatever comes of it, and all its steps are kept."""
+    guarantee: GuaranteeSettings = GuaranteeSettings()
+    least_benefit: float = Field(default=0.1, ge=0, le=1)
+    """Accuracy that adaptation must be estimated to gain, for a request to be served as adapted and learned from."""
+    shadow_rows: Positive = 64
+    """Rows compared with the source before the first adapted answer."""
+    canary_rows: Positive = 256
+    """Rows on end at ``least_benefit`` or above, until only a share of the rows is compared; and so many rows on end
+    below it take the stream back to the source's answers."""
+    cooldown_rows: Positive = 128
+    """Rows that a stream stays with the source's answers once it was taken back to them. Doubles each time."""
+    collapse: float = Field(default=1.1, gt=0)
+    """A stream is reset when its adapted model names fewer classes than the source by this factor, as a logarithm."""
+    rejected_steps: Positive = 8
+    """A stream is reset after so many steps on end that were not finite or outside the trust region."""
+    most_update: float | None = Field(default=None, gt=0)
+    """Trust region: longest step, over the length of the source's weights. ``null``: any."""
+    most_distance: float | None = Field(default=None, gt=0)
+    """Trust region: farthest from the source's weights, over their length. ``null``: any."""
+    outliers: float | None = Field(default=None, gt=1)
+    """Rows of a request that are farther from its middle than so many times the median row are answered, but not
+    learned from, at the cost of another pass where there are any. ``null``: all are learned from."""
+    updates_per_minute: Positive | None = None
+    """Most steps that are kept in a minute. ``null``: all."""
+    miscoverage: float | None = Field(default=None, gt=0, lt=1)
+    """Answers come with prediction sets, made to miss the class of at most this share of rows. ``null``: without."""
+    miscoverage_step: float = Field(default=0.01, gt=0, le=1)
+    """How far one label moves the level of the sets that come next; see ``trust/conformal.py``."""
+    reset_rows: Positive | None = 64_000
+    """A stream is reset when it has learned from so many rows since the last time, unless an audit certified that it
+    helps. ``null``: never."""
+
+
+class LabelSettings(_Settings):
+    """How long answers are remembered, so that labels can come later."""
+
+    requests: Annotated[int, Field(ge=0)] = 1000
+    """Of a stream; 0: none."""
+    bytes: Positive = 64 * 2**20
+    """Of a tenant."""
+    seconds: Seconds = 86_400.0
+
+
 class LimitSettings(_Settings):
     """Bounds. An error that one of them causes names it as ``limits.<name>``."""
 
@@ -233,6 +308,9 @@ class MonitorSettings(_Settings):
     frozen_ratio: float = Field(default=0.05, ge=0, le=1)
     """Of the requests that the source model answers itself, the share whose batch-norm statistics are measured by one
     more pass. All else is measured of each of them, as it costs no pass."""
+    estimate_every: Annotated[int, Field(ge=0)] = 8
+    """Accuracy without labels is estimated on every so many-th request of a stream, where the source is asked for, too.
+    0: never."""
     half_life: float = Field(default=20.0, gt=0, le=1e6)
     """Of the moving averages per stream, in measured requests."""
     worst: int = Field(default=20, ge=0, le=200)
@@ -387,6 +465,8 @@ class Settings(_Settings):
     limits: LimitSettings = LimitSettings()
     streams: StreamSettings = StreamSettings()
     state: StateSettings = StateSettings()
+    guard: GuardSettings = GuardSettings()
+    labels: LabelSettings = LabelSettings()
     monitor: MonitorSettings = MonitorSettings()
     log: LogSettings = LogSettings()
     traces: TraceSettings | None = None

@@ -7,35 +7,46 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from torch import Tensor
 
 from adapters import Policy, rng
 from adapters.source import SourcePolicy
 from tta_server.dispatch import Dispatcher, Flight
+from tta_server.drift.benefit import GROUP as BENEFIT_GROUP
+from tta_server.drift.benefit import UNPREPARED
+from tta_server.drift.estimators import GROUP as ESTIMATES
 from tta_server.drift.monitor import Monitor, Reading
 from tta_server.drift.reference import GROUP as MONITORING
 from tta_server.drift.signals import DISTANCE, DRIFT
 from tta_server.engine.engine import Engine, initial_state
+from tta_server.engine.guarding import make_guard
 from tta_server.engine.report import STEP_FAILS
 from tta_server.engine.source import SourceModel
 from tta_server.engine.threads import in_passing
-from tta_server.errors import BadInput, Conflict, QueueFull, Unavailable, UnknownName
+from tta_server.errors import BadInput, Conflict, QueueFull, TtaError, Unavailable, UnknownName
+from tta_server.feedback import Feedback, settle
 from tta_server.logs import current
 from tta_server.policies import make_policy, settings_of, starting_settings
 from tta_server.repository import Repository
-from tta_server.settings import NAME, Durability, Settings, TenantSettings, type_and_line
+from tta_server.settings import NAME, Durability, GuardSettings, Settings, TenantSettings, type_and_line
 from tta_server.state.keeper import Keeper
 from tta_server.state.slots import Layout
+from tta_server.trust.guard import Guard, State
+from tta_server.trust.labels import Labelled
 from tta_server.types import NOT_STORED, NOWHERE, Answer, Event, Lane, Origin, Stream
+
+log = logging.getLogger(__name__)
 
 STREAM_ID = re.compile(NAME)
 
@@ -78,6 +89,8 @@ class Tenant:
         """Stored streams that this server cannot run, and why."""
         self._places = itertools.count(1)
         self._source_policy = SourcePolicy()
+        self.feedback = Feedback(backend.settings.labels)
+        """Its answers that can be labelled, and what labels said."""
 
     def __len__(self) -> int:
         """Open streams."""
@@ -94,14 +107,16 @@ class Tenant:
         adapt: bool | None = None,
         durability: Durability | None = None,
         replace: bool = False,
+        guard: Mapping[str, Any] | None = None,
     ) -> tuple[Stream, bool]:
         """Creates the stream ``id``, or confirms one that is the same; with ``replace``, starts it afresh in any case.
 
         Returns the stream and whether it is new.
 
         What is left out is as it is on a stream that exists. On a new one, ``model`` is the only one there is,
-        ``policy`` the model's own, ``adapt`` on, ``durability`` the config's, and ``settings`` go over the model's
-        preset for the policy, that over the policy's defaults. Raises ``BadInput`` for what does not fit,
+        ``policy`` the model's own, ``adapt`` on, ``durability`` the config's, ``guard`` goes over the config's, and
+        ``settings`` over the model's preset for the policy, that over the policy's defaults. Raises ``BadInput`` for
+        what does not fit,
         ``UnknownName``, ``Unavailable`` for a model that is not ready, ``Conflict`` when the stream exists otherwise or
         the policy cannot run on the model, and ``QueueFull`` beyond a limit on streams.
         """
@@ -112,7 +127,9 @@ class Tenant:
         existing = self._streams.get(id)
         if existing is not None and not replace:
             self._confirm(existing.stream, model, policy, settings)
-            if self._switch(existing.stream, adapt, durability):  # the caller settles it
+            wanted = self._guard_settings(existing.stream, guard)
+            changed = self._switch(existing.stream, adapt, durability)
+            if self._reguard(existing.stream, wanted) or changed:  # the caller settles it
                 self._touch(existing.stream)
             return existing.stream, False
         source = self._backend.repository.get(model)
@@ -121,6 +138,8 @@ class Tenant:
         self._check_quota(0 if existing else 1, size - (existing.stream.state_bytes if existing else 0))
         stream = self._build(id, source, made, size)
         stream.adapt, stream.durability = adapt is not False, self._durability(durability)
+        if guard is not None and stream.guard is not None:
+            stream.guard.change(self._guard_settings(stream, guard))
         if existing is not None:
             self.discard(existing.stream)
         self._enter(stream)
@@ -220,6 +239,11 @@ class Tenant:
             for name in (DRIFT, "label_divergence", "label_psi"):
                 missing[name] = f"needs to know what clean data look like; run: {command}"
             missing["z"] = f"so do z-scores, bands and the verdicts 'near source' and 'drifted'; run: {command}"
+        how = "run: tta-server prepare CONFIG --data CLEAN_LABELLED_IMAGES --only"
+        if source is not None and source.judge is UNPREPARED and stream.guarded is not None:
+            missing["benefit"] = f"is a rule of thumb for now, not fitted to this model; {how} {BENEFIT_GROUP}"
+        if source is not None and source.estimates is None:
+            missing["accuracy"] = f"needs labelled images that the model was not trained on; {how} {ESTIMATES}"
         if source is not None and not source.network.keeps_statistics:
             missing[DISTANCE] = "the model has no batch norms that keep statistics"
         return missing
@@ -235,15 +259,18 @@ class Tenant:
         policy: str | None = None,
         settings: Mapping[str, Any] | None = None,
         durability: Durability | None = None,
+        guard: Mapping[str, Any] | None = None,
     ) -> tuple[Stream, bool]:
         """Changes a stream from the next request on; what is left out stays. Returns it and whether its state is kept.
 
+        ``guard`` goes over the guard's settings as they are; another guarantee starts afresh.
         ``settings`` go over those the stream has, or, with another ``policy``, over what that one starts from on the
         model. The state is kept whole where policy and state layout stay the same (a learning rate, a threshold);
         otherwise (another policy, window or optimiser) the stream starts again from the source.
         """
         opened = self._open(id)
         stream, moving = opened.stream, None
+        wanted = self._guard_settings(stream, guard)
         if policy is not None or settings is not None:
             source = self._source_of(stream)
             if policy in (None, stream.policy.name):
@@ -252,9 +279,43 @@ class Tenant:
                 made = _make_policy(source, policy or "", settings)
             if made != stream.policy:
                 moving = self._move(opened, source, made)
-        if self._switch(stream, adapt, durability) and moving is None:
+        changed = self._switch(stream, adapt, durability)
+        if (self._reguard(stream, wanted) or changed) and moving is None:
             self._touch(stream)
         return stream, moving is None or await moving
+
+    async def operate(self, id: str, state: State | None) -> Stream:
+        """An operator puts the stream's guard into a state, where it stays, or with ``None`` lets it decide again,
+        after the requests so far. Raises ``Conflict`` for a stream without a guard."""
+        stream = self.stream(id)
+        guard = stream.guarded
+        if guard is None:
+            raise Conflict(f"stream {id!r} has no guard; turn it on with guard.enabled")
+        guarding = self._backend.engine.guarding
+
+        def act() -> None:
+            moves = guard.release() if state is None else guard.put(state)
+            for move in moves:
+                self._backend.tell(guarding.act(stream.lane, stream, move))
+
+        await self._backend.dispatcher.command(stream, act)
+        self._touch(stream)
+        return stream
+
+    async def label(self, id: str, request: str, labels: Sequence[int | None]) -> Labelled:
+        """Takes in the labels of one of the stream's requests, see :meth:`Feedback.label`; its guarantee knows them
+        when this returns."""
+        stream = self.stream(id)
+        done = self.feedback.label(stream, request, labels)
+        if stream.guarded is not None and stream.guarded.guarantee is not None and len(done.rows):
+            guarding = self._backend.engine.guarding
+
+            def settle_labels() -> None:
+                for event in settle(guarding, stream, done):
+                    self._backend.tell(event)
+
+            await self._backend.dispatcher.command(stream, settle_labels)
+        return done
 
     async def reset(self, id: str) -> Stream:
         """Takes a stream back to the source once its requests so far are done; its request numbers go on.
@@ -383,8 +444,17 @@ class Tenant:
                 if answer is not None:
                     opened.last_answer = _stored(answer, self._backend.settings.limits.stored_answer_bytes)
 
+        guard = opened.stream.guarded
+        if guard is not None and guard.state is State.QUARANTINE:
+            wanted = False
         policy = opened.stream.policy if wanted else self._source_policy
-        flight = self._launch(opened.stream, source, policy, x, timeout, priority, origin, keep, number)
+
+        def remember(answer: Answer | None) -> None:
+            if answer is not None and self._is_current(opened.stream):
+                self.feedback.served(opened.stream, source, answer, origin.request)
+            keep(answer)
+
+        flight = self._launch(opened.stream, source, policy, x, timeout, priority, origin, remember, number)
         if number is not None:
             opened.flights[number] = flight
         return await flight.wait(), False
@@ -454,7 +524,56 @@ class Tenant:
             tenant=self.name,
             durability=self._durability(None),
             state_bytes=size,
+            guard=None if policy.plain else make_guard(self._backend.settings.guard),
         )
+
+    def _guard_settings(self, stream: Stream, changes: Mapping[str, Any] | None) -> GuardSettings:
+        """The guard's settings of a stream with these changes. Raises ``BadInput``, or ``Conflict`` where the model
+        lacks what they need."""
+        now = self._backend.settings.guard if stream.guard is None else stream.guard.settings
+        if not changes:
+            return now
+        guarantee = {**now.guarantee.model_dump(), **(changes.get("guarantee") or {})}
+        try:
+            wanted = GuardSettings.model_validate({**now.model_dump(), **changes, "guarantee": guarantee})
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, ("guard", *first["loc"])))
+            raise BadInput(f"{place}: {first['msg']}; got {str(first['input'])[:100]}") from error
+        if stream.guard is None:
+            raise Conflict(f"stream {stream.id!r} has policy {stream.policy.name!r}, which needs no guard")
+        if wanted.miscoverage is not None:
+            self.feedback.check_sets(self._source_of(stream))
+        return wanted
+
+    def _reguard(self, stream: Stream, wanted: GuardSettings) -> bool:
+        """Gives a stream's guard other settings, from the next request on; whether they are others."""
+        guard = stream.guard
+        if guard is None or wanted == guard.settings:
+            return False
+        _ignore(self._backend.dispatcher.command(stream, lambda: guard.change(wanted)))
+        self._tell("changed", stream, guard=wanted.model_dump())
+        return True
+
+    def guard_like(self, stream: Stream) -> Guard | None:
+        """A new guard with the settings of a stream's."""
+        return None if stream.guard is None else make_guard(stream.guard.settings)
+
+    def equip(self, stream: Stream, kept: Mapping[str, Any] | None) -> None:
+        """Gives a stream that was in the store its guard again; without one kept, or where it cannot be read, a new
+        one, which lets it adapt only once there is evidence."""
+        if stream.policy.plain:
+            return
+        stream.guard = make_guard(self._backend.settings.guard)
+        if kept is None:
+            return
+        try:
+            guard = make_guard(GuardSettings.model_validate(kept["settings"]))
+            guard.restore(kept["state"])
+        except (TtaError, ValueError, KeyError, TypeError) as error:
+            log.error("a stored guard cannot be read", extra={"stream": stream.id, "reason": type_and_line(error)})
+        else:
+            stream.guard = guard
 
     def model_for(self, name: str, digest: str) -> SourceModel:
         """The model with this digest, best the one of that name. Raises ``Conflict`` with all digests there are."""
@@ -551,11 +670,22 @@ class Tenant:
         changes: dict[str, Any] = {}
         if adapt is not None and adapt != stream.adapt:
             stream.adapt = changes["adapt"] = adapt
+            if adapt and stream.guarded is not None:
+                self._turn_on(stream, stream.guarded)
         if durability is not None and (durability := self._durability(durability)) != stream.durability:
             stream.durability, changes["durability"] = durability, durability.model_dump()
         if changes:
             self._tell("changed", stream, **changes)
         return bool(changes)
+
+    def _turn_on(self, stream: Stream, guard: Guard) -> None:
+        guarding = self._backend.engine.guarding
+
+        def turn_on() -> None:
+            for move in guard.turn_on():
+                self._backend.tell(guarding.act(stream.lane, stream, move))
+
+        _ignore(self._backend.dispatcher.command(stream, turn_on))
 
     def _durability(self, wanted: Durability | None) -> Durability:
         """What is wanted, or the config's; none where nothing outlives the server, which is a ``Conflict`` when more is
@@ -587,6 +717,7 @@ class Tenant:
         dropped = dispatcher.command(stream, lambda: engine.drop(lane, stream, done))
         self._unusable.pop(stream.id, None)
         self._streams.pop(stream.id, None)
+        self.feedback.forget(stream.id)
         self._tell(kind, stream)
 
         async def forgotten() -> None:

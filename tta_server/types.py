@@ -8,11 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters import Policy
 from adapters.base import Scope
 from tta_server.settings import Durability
+from tta_server.trust.conformal import Sets
+from tta_server.trust.guard import Guard
 
 _job_numbers = itertools.count(1)
 
@@ -87,6 +91,8 @@ class Stream:
     saved: Saved = NEVER_SAVED
     lost: int = 0
     """Changes that a crash, or damage to the store, cost it and that no answer told of yet."""
+    guard: Guard | None = None
+    """``None`` or not enabled: it is served as its policy has it, whatever comes of it."""
 
     @property
     def unsaved(self) -> int:
@@ -94,9 +100,38 @@ class Stream:
         return self.revision - self.saved.revision
 
     @property
+    def guarded(self) -> Guard | None:
+        """Its guard, if it has one that is enabled."""
+        return self.guard if self.guard is not None and self.guard.settings.enabled else None
+
+    @property
     def lane(self) -> Lane:
         """Where its next request goes while it adapts."""
         return Lane(self.model, self.policy, self.digest)
+
+
+class Standing(NamedTuple):
+    """How a stream's guard stands, see ``trust/guard.py``."""
+
+    state: str
+    evidence: str
+    benefit: float | None
+    """Accuracy that the adapted model is estimated to have over the source's; ``None`` before it was."""
+
+
+@dataclass(eq=False, slots=True)
+class Comparison:
+    """What the two models took an answer's rows for, ``[N]`` each. Without one before the answer it may come after it,
+    or never."""
+
+    adapted: NDArray[np.int64] | None = None
+    source: NDArray[np.int64] | None = None
+    first_row: int = 0
+    """Number of the first row to the stream's guarantee."""
+    asked: NDArray[np.bool_] | None = None
+    """Rows whose label the guarantee wants to know; ``None`` for none."""
+    sets: Sets | None = None
+    """The rows' prediction sets, where the stream wants them. Filled in on the event loop."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +167,11 @@ class Answer:
     is not stored."""
     lost: int = 0
     """Changes that the stream lost, told for the first time."""
+    served: str = "adapted"
+    """Whose scores these are: ``adapted``, ``source``, or ``mixed`` where the guard let some rows through only."""
+    guard: Standing | None = None
+    """How the stream's guard stood; ``None`` without one."""
+    comparison: Comparison = field(default_factory=Comparison)
 
 
 class Origin(NamedTuple):
@@ -209,15 +249,18 @@ class JobStats:
     confidence: Tensor
     margin: Tensor
     result: str
-    """``applied``, ``rejected_nonfinite``, ``failed``, ``shed``, or ``none`` where the lane keeps no state."""
+    """``applied``, ``rejected_nonfinite``, ``rejected_update`` or ``rejected_distance`` (outside the trust region),
+    ``failed``, ``vetoed`` by the guard, ``shed``, or ``none`` where the lane keeps no state."""
     signals: dict[str, float] = field(default_factory=dict)
     """Those that were measured: of ``drift/signals.py``, and the policy's own."""
     origin: Origin = NOWHERE
+    served: str = "adapted"
+    """Whose answer it got, see :class:`Answer`."""
 
 
 EVENTS = (
     "opened", "closed", "expired", "changed", "reset", "rolled_back", "marked", "imported", "evicted", "lost",
-    "damaged", "departure", "change", "rejected", "failed",
+    "damaged", "departure", "change", "rejected", "failed", "guard",
 )  # fmt: skip
 """Kinds: ``expired`` is closed for want of requests, ``changed`` is of toggle, settings, policy or durability,
 ``imported`` also of a fork, ``evicted`` the state's way to the disk for want of requests, ``lost`` of changes that were

@@ -5,6 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from panels import GREEN, RED, board, graph, heatmap, number, query
 from queries import ANNOTATIONS, KNOWN, NOTABLE, RESULTS, VERDICTS, of, quantile, quantiles, rate, share, variables
+from trust import trust
 
 
 def adaptation() -> Dashboard:
@@ -144,10 +145,12 @@ def adaptation() -> Dashboard:
                     line=0.5,
                 ),
             ],
+            "Trust": trust(),
             "Adaptation": [
                 graph(
                     "Steps by result",
-                    "Adaptation steps per second. shed: left out for lack of time; failed and rejected: not kept.",
+                    "Adaptation steps per second. shed: left out for lack of time; failed, rejected and vetoed (by the "
+                    "stream's guard): not kept.",
                     "ops",
                     query(f"sum by (result) ({steps})", "{{result}}"),
                     stacked=True,

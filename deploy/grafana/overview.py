@@ -20,6 +20,7 @@ from queries import (
     watched,
 )
 from state import state
+from trust import trust_now
 
 
 def overview() -> Dashboard:
@@ -167,6 +168,7 @@ def overview() -> Dashboard:
                     none="none fires",
                 ),
             ],
+            "Trust": trust_now(),
             "State": state(),
             "Process": [
                 graph(

@@ -7,6 +7,7 @@ from panels import (
     GREEN,
     GREY,
     ORANGE,
+    PURPLE,
     RED,
     YELLOW,
     Panel,
@@ -24,13 +25,28 @@ MODEL = f'{SERVER},model_name=~"$model_name"'
 STREAM = f'{MODEL},tenant=~"$tenant",stream=~"$stream"'
 PREDICTS = 'route=~".+/(predict|infer)"'
 KNOWN = 'verdict!="unknown"'
+ADAPTING = 'state!~"off|unguarded"'
+QUARANTINE = 'state="quarantine"'
 RESET = 'kind="reset"'
+TAKEN_BACK = 'rule=~"audit|collapse|rejected steps"'
 FETCH = 'operation="fetch"'
 ALERTS = f'ALERTS{{{SERVER},alertname=~"Tta.+",alertstate="firing"}}'
 
 VERDICTS = {"near source": GREEN, "changing": YELLOW, "drifted": RED, "unknown": GREY}
-RESULTS = {"applied": GREEN, "shed": YELLOW, "failed": ORANGE, "rejected_nonfinite": RED}
+RESULTS = {"applied": GREEN, "vetoed": BLUE, "shed": YELLOW, "failed": ORANGE, "rejected_nonfinite": RED}
+GUARDS = {
+    "off": GREY,
+    "shadow": BLUE,
+    "canary": YELLOW,
+    "active": GREEN,
+    "frozen": PURPLE,
+    "quarantine": RED,
+    "unguarded": ORANGE,
+}
+EVIDENCE = {"unknown": GREY, "helps": GREEN, "unclear": YELLOW, "harms": RED}
+SERVED = {"adapted": GREEN, "mixed": YELLOW, "source": BLUE}
 DRIFTED = {"0": ("not drifted", GREEN), "1": ("drifted", RED)}
+SERVES = {"0": ("source", BLUE), "1": ("adapted", GREEN)}
 TO_STREAM = (
     "/d/tta-stream?var-datasource=${datasource}&var-model_name=${__data.fields.Model}"
     "&var-tenant=${__data.fields.Tenant}&var-stream=${__value.raw}&${__url_time_range}"
@@ -77,17 +93,19 @@ def watched(title: str, description: str, none: str, *more: str) -> Panel:
         "agreement_ratio": "Agreement",
         "label_divergence_ratio": "Class divergence",
         "parameter_distance_ratio": "Parameter distance",
+        "benefit_ratio": "Benefit",
+        "serves_adapted": "Served",
         "version": "Version",
     }
     labels = {"stream": "Stream", "tenant": "Tenant", "model_name": "Model", "instance": "Instance"}
-    units = dict.fromkeys(("Confidence", "Agreement"), "percentunit")
+    units = dict.fromkeys(("Confidence", "Agreement", "Benefit"), "percentunit")
     return rows(
         title,
         description,
         labels | {f"Value #{name}": text for name, text in signals.items()},
         *(column(name) for name in signals),
         units=units | dict.fromkeys(("Drift score", "Class divergence", "Parameter distance"), "none"),
-        words={"Verdict": DRIFTED},
+        words={"Verdict": DRIFTED, "Served": SERVES},
         link=("Stream", TO_STREAM),
         sort="Drift score",
         none=none,
@@ -115,5 +133,10 @@ ANNOTATIONS = [
         "Resets",
         f"sum by (model_name) ({rate('tta_stream_events_total', RESET)}) > 0",
         BLUE,
+    ),
+    annotation(
+        "Guards",
+        f"sum by (model_name, to, rule) ({rate('tta_guard_moves_total', TAKEN_BACK)}) > 0",
+        ORANGE,
     ),
 ]

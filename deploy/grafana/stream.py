@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from panels import BLUE, GREY, PURPLE, RED, YELLOW, Query, board, graph, note, number, query, timeline, variable
-from queries import ANNOTATIONS, DRIFTED, MODEL, NOTABLE, STREAM, of, quantile, variables, watched
+from queries import ANNOTATIONS, DRIFTED, MODEL, NOTABLE, SERVES, STREAM, of, quantile, variables, watched
 
 
 def stream() -> Dashboard:
@@ -96,6 +96,14 @@ def stream() -> Dashboard:
                 timeline(
                     "Drifted", "While the alarm of the departure detector lasts.", signal("drifted"), name, DRIFTED
                 ),
+                timeline(
+                    "Served",
+                    "Whether the stream's guard lets adapted answers be served. A canary's may be the source's all the "
+                    "same, sample by sample.",
+                    signal("serves_adapted"),
+                    name,
+                    SERVES,
+                ),
                 graph(
                     "Drift score",
                     "Beside the median and the tenth with the highest scores of all streams of the model. Streams that "
@@ -119,19 +127,26 @@ def stream() -> Dashboard:
                     span=12,
                 ),
                 graph(
+                    "Estimated benefit",
+                    "Accuracy that adaptation is estimated to gain, without labels. The guard serves adapted answers "
+                    "from guard.least_benefit on.",
+                    "percentunit",
+                    query(signal("benefit_ratio"), name),
+                    bottom=None,
+                    line=0,
+                ),
+                graph(
                     "Agreement with the source",
                     "Share of samples whose served class is the source model's, moving average.",
                     "percentunit",
                     query(signal("agreement_ratio"), name),
                     top=1,
-                    span=6,
                 ),
                 graph(
                     "Divergence of the classes",
                     "Jensen-Shannon divergence of the served classes' shares from clean data's.",
                     "none",
                     query(signal("label_divergence_ratio"), name),
-                    span=6,
                 ),
                 graph(
                     "Distance from the source",
@@ -139,14 +154,14 @@ def stream() -> Dashboard:
                     "none",
                     query(signal("parameter_distance_ratio"), name),
                     line=1,
-                    span=6,
+                    span=12,
                 ),
                 graph(
                     "Version",
                     "Adaptation steps since the source. Flat: it does not adapt; down to 0: it was reset.",
                     "none",
                     query(signal("version"), name),
-                    span=6,
+                    span=12,
                 ),
             ],
             "Others": [

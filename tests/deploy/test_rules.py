@@ -77,7 +77,7 @@ def test_recorded_series_are_named_by_rule_and_read() -> None:
         # Of which metric it is: the name without _total, when it is a rate.
         sources = {name.removesuffix("_total") for name in series(rule["expr"])}
         assert any(source.split(":")[1 if ":" in source else 0].removesuffix("_bucket") in metric for source in sources)
-        assert re.fullmatch(r"rate5m|known|p\d\d(_rate5m)?", operations)
+        assert re.fullmatch(r"rate5m|increase6h|known|adapting|p\d\d(_rate5m)?", operations)
         assert rule["record"] in read
 
 

@@ -300,7 +300,8 @@ def test_every_signal_says_what_it_is() -> None:
         *measure(draw(2, 0), [2]),
         *(f"bn_distance{end}" for end in ("", "_max", "_early", "_middle", "_late")),
     }
-    steps = {"label_divergence", "label_psi", "update_norm", "parameter_distance"}
+    steps = {"label_divergence", "label_psi", "update_norm", "parameter_distance", "benefit", "estimator_disagreement"}
+    steps |= {f"{path}accuracy_{kind}" for path in ("", "source_") for kind in ("atc", "pdd")}
     assert set(SIGNALS) == measured | steps
     assert {name for name, one in SIGNALS.items() if one.log} == {
         name for name in SIGNALS if "distance" in name

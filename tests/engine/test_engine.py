@@ -75,6 +75,8 @@ EVERY = {name: kind() for name, kind in policies().items()} | {
     "tent-window": Tent(window=16),
     "eata-window": Eata(window=16, reset_after=100),
     "rmt-norm": Rmt(scope=Scope.NORM),
+    "tent-median": Tent(statistics="median"),
+    "eata-prior": Eata(source_rows=16),
 }
 
 

@@ -22,6 +22,7 @@ from tta_server.engine.norm import (
     StreamNorm,
     replace_norms,
 )
+from tta_server.engine.segment_norm import _lower_median
 from tta_server.settings import InputSettings
 
 CHANNELS = 4
@@ -42,6 +43,11 @@ NORMS = {
     "running": Norm(0.2, running=True),
     "running-all": Norm(1.0, running=True),
     "running-none": Norm(0.0, running=True),
+    "prior": Norm(1.0, prior=3),
+    "median": Norm(1.0, median=True),
+    "median-prior": Norm(1.0, median=True, prior=3),
+    "median-blend": Norm(0.3, median=True),
+    "median-running": Norm(0.2, running=True, median=True),
 }
 OWN = {
     "shared": (),
@@ -97,14 +103,25 @@ def plain_batch_norm(x: Tensor, tensors: Tensors, norm: Norm, eps: float) -> tup
     n = x.numel() // x.shape[1]
     mean, var = tensors["running_mean"], tensors["running_var"]
     if norm.weight and n > 1:
+        weight = len(x) / (norm.prior + len(x)) if norm.prior else norm.weight
         batch_mean = x.mean(dims)
-        pure = norm.weight == 1 and not norm.running
+        pure = weight == 1 and not norm.running
         batch_var = x.var(dims, correction=0 if pure else 1)
-        mean = (1 - norm.weight) * mean + norm.weight * batch_mean
-        var = (1 - norm.weight) * var + norm.weight * batch_var
+        if norm.median:
+            batch_mean, batch_var = about_median(x)
+        mean = (1 - weight) * mean + weight * batch_mean
+        var = (1 - weight) * var + weight * batch_var
     shape = (1, -1, *[1] * (x.dim() - 2))
     y = (x - mean.view(shape)) / torch.sqrt(var.view(shape) + eps)
     return y * tensors["weight"].view(shape) + tensors["bias"].view(shape), mean, var
+
+
+def about_median(x: Tensor) -> tuple[Tensor, Tensor]:
+    """By channel the median, of which torch takes the lower one and shares its gradient among ties, and the mean
+    squared deviation from it."""
+    by_channel = x.transpose(0, 1).flatten(1)
+    median = torch.stack([channel.median() for channel in by_channel])
+    return median, (by_channel - median.unsqueeze(1)).square().mean(1)
 
 
 @pytest.mark.parametrize("own", OWN)
@@ -169,6 +186,98 @@ def test_batch_norm_passes_gradcheck(mode: str) -> None:
     assert torch.autograd.gradcheck(of_shared, (x,))
 
 
+@pytest.mark.parametrize("norm", [NORMS["median"], NORMS["median-prior"]], ids=["alone", "prior"])
+def test_the_gradient_of_a_median_is_shared_by_its_ties(norm: Norm) -> None:
+    """As torch's own over all values has it; so the order of the rows does not matter."""
+    layer, sizes = batch_norm(), [4, 5]
+    x = (1.5 * normal(9, CHANNELS, 3, 3)).round().requires_grad_()
+    probe = normal(*x.shape, seed=1)
+    found = torch.autograd.grad((streamwise(layer, Pass(Segments(sizes), {}, norm))(x) * probe).sum(), x)[0]
+    tensors = {name: getattr(layer, name) for name in OWN["all"]}
+    expected = torch.cat([plain_batch_norm(rows, tensors, norm, layer.eps)[0] for rows in x.split(sizes)])
+    assert all((rows[:, 0] == rows[:, 0].median()).sum() > 3 for rows in x.split(sizes))
+    torch.testing.assert_close(found, torch.autograd.grad((expected * probe).sum(), x)[0], rtol=1e-9, atol=1e-10)
+    turned = x.detach().flip(0).requires_grad_()
+    y = streamwise(layer, Pass(Segments(sizes[::-1]), {}, norm))(turned)
+    again = torch.autograd.grad((y * probe.flip(0)).sum(), turned)[0]
+    torch.testing.assert_close(again.flip(0), found, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_the_median_is_the_value_torch_selects(dtype: torch.dtype, rows: int) -> None:
+    """The lower one of an even number; exact in any type and memory format, with ties and signs."""
+    for positions in ((1, 1), (3, 2), (8, 8)):
+        x = normal(rows, CHANNELS, *positions, seed=rows).to(dtype)
+        for one in (x, x.contiguous(memory_format=torch.channels_last), x.round()):
+            before = one.clone()
+            found = _lower_median(one.flatten(2))
+            assert found.dtype == dtype
+            assert torch.equal(found, one.transpose(0, 1).flatten(1).median(1).values)
+            assert torch.equal(one, before)
+
+
+@pytest.mark.parametrize("mode", ["batch", "prior", "median", "median-prior"])
+def test_batch_norm_is_the_same_bit_for_bit_in_any_company(mode: str) -> None:
+    """Values, statistics' weights and gradients of a stream in float32, alone and between others."""
+    layer, norm, sizes = batch_norm().float(), NORMS[mode], [3, 1, 64, 7]
+    x, probe = (normal(sum(sizes), CHANNELS, 8, 8, seed=seed).float() for seed in (5, 6))
+
+    def run(x: Tensor, probe: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        y = streamwise(layer, Pass(Segments(sizes), {}, norm))(x)
+        return y.detach(), torch.autograd.grad((y * probe).sum(), x)[0]
+
+    together = run(x, probe, sizes)
+    parts = [run(one, other, [len(one)]) for one, other in zip(x.split(sizes), probe.split(sizes), strict=True)]
+    for merged, alone in zip(together, zip(*parts, strict=True), strict=True):
+        assert torch.equal(merged, torch.cat(alone))
+
+
+@pytest.mark.parametrize("norm", [BATCH_NORM, *(NORMS[mode] for mode in ("prior", "median", "median-prior"))], ids=str)
+def test_a_stream_without_rows_is_no_trouble(norm: Norm) -> None:
+    """As when a policy chose none of its rows: its neighbours get what they get without it, and it gets no gradient."""
+    layer, x = batch_norm(), normal(5, CHANNELS, 3, 2)
+    weights = own_tensors(OWN["affine"], 3)
+    gamma = weights["bn.weight"].requires_grad_()
+    y = streamwise(layer, Pass(Segments([3, 0, 2]), weights, norm))(x)
+    without = {key: value[[0, 2]] for key, value in weights.items()}
+    torch.testing.assert_close(y, streamwise(layer, Pass(Segments([3, 2]), without, norm))(x), rtol=1e-12, atol=1e-12)
+    slope = torch.autograd.grad((y * normal(*x.shape, seed=3)).sum(), gamma)[0]
+    assert slope.isfinite().all()
+    assert slope[1].tolist() == [0.0] * CHANNELS
+
+
+def test_a_minority_cannot_carry_a_median_away() -> None:
+    """Fewer than half of a request's rows, however far off, leave the centre among the others' values."""
+    layer = batch_norm(affine=False)
+    sound, bad = normal(9, CHANNELS, 3, 3), torch.full((8, CHANNELS, 3, 3), 1e6, dtype=torch.float64)
+    for norm, is_robust in ((Norm(0.5, running=True, median=True), True), (Norm(0.5, running=True), False)):
+        now = Pass(Segments([17]), {}, norm)
+        streamwise(layer, now)(torch.cat([bad, sound]))
+        centre = 2 * now.statistics["bn.running_mean"][0] - layer.running_mean
+        low, high = sound.amin((0, 2, 3)), sound.amax((0, 2, 3))
+        assert bool(((centre >= low) & (centre <= high)).all()) == is_robust
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"weight": 0.5, "per_row": True, "median": True}, "no such average of medians"),
+        ({"weight": 0.5, "prior": 4}, "weight must be 1"),
+        ({"weight": 1.0, "prior": 4, "running": True}, "no average run"),
+        ({"weight": 1.0, "prior": 4, "per_row": True}, "no average run"),
+        ({"weight": 1.0, "prior": -1}, "0 or more"),
+        ({"weight": 1.0, "prior": float("nan")}, "0 or more"),
+        ({"weight": 1.0, "prior": float("inf")}, "0 or more"),
+        ({"weight": 1.5}, r"\[0, 1\]"),
+    ],
+)
+def test_norms_that_make_no_sense_are_refused(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Norm(**settings)
+
+
 def test_batch_norm_in_training_is_torchs() -> None:
     """A single stream in batch mode is ``F.batch_norm`` in training, values and gradients."""
     layer = batch_norm()
@@ -190,7 +299,7 @@ def test_batch_norm_in_training_is_torchs() -> None:
 def test_batch_norm_of_a_single_value_keeps_the_reference() -> None:
     """One row of a 1d layer: output by the reference statistics, with its plain gradient, and statistics unmoved."""
     layer = batch_norm(nn.BatchNorm1d)
-    for norm in (BATCH_NORM, Norm(0.3), Norm(0.3, running=True)):
+    for norm in (*NORMS.values(), Norm(0.3), Norm(0.3, running=True)):
         x = normal(2, CHANNELS).requires_grad_()
         now = Pass(Segments([1, 1]), {}, norm)
         y = streamwise(layer, now)(x)
@@ -198,8 +307,8 @@ def test_batch_norm_of_a_single_value_keeps_the_reference() -> None:
         slope = torch.autograd.grad(y.sum(), x)[0]
         torch.testing.assert_close(slope, (layer.weight / (layer.running_var + layer.eps).sqrt()).expand(2, -1))
         if norm.running:
-            assert torch.equal(now.statistics["bn.running_mean"], layer.running_mean.expand(2, -1))
-            assert torch.equal(now.statistics["bn.running_var"], layer.running_var.expand(2, -1))
+            for name in ("running_mean", "running_var"):
+                assert torch.equal(now.statistics[f"bn.{name}"].expand(2, -1), getattr(layer, name).expand(2, -1))
 
 
 def test_batch_norm_is_stable_in_float32_far_from_zero() -> None:
@@ -230,8 +339,15 @@ def test_batch_norm_without_statistics_uses_the_batch(positions: str) -> None:
     for norm in NORMS.values():
         now = Pass(Segments([3, 4]), {}, norm)
         y = streamwise(layer, now)(x)
-        torch.testing.assert_close(y, torch.cat([layer(x[:3]), layer(x[3:])]), rtol=1e-10, atol=1e-10)
         assert not now.statistics
+        expected = torch.cat([layer(x[:3]), layer(x[3:])])
+        if norm.median:
+            tensors = {"running_mean": x.new_zeros(CHANNELS), "running_var": x.new_ones(CHANNELS)}
+            tensors |= {"weight": layer.weight, "bias": layer.bias}
+            parts = [plain_batch_norm(rows, tensors, NORMS["median"], layer.eps)[0] for rows in x.split([3, 4])]
+            expected = torch.cat(parts)
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    y = streamwise(layer, Pass(Segments([3, 4]), {}, BATCH_NORM))(x)
     gradient = torch.autograd.grad((y * normal(*x.shape, seed=4)).sum(), x)[0]
     expected = torch.cat([layer(x[:3]), layer(x[3:])])
     wanted = torch.autograd.grad((expected * normal(*x.shape, seed=4)).sum(), x)[0]

@@ -1,5 +1,5 @@
 """Train the demo's network: `python -m tta_server.demo.train` rewrites `digits.safetensors` beside this file, and
-`digits.artefacts.safetensors`, from which the monitor knows what clean digits look like.
+`digits.artefacts.safetensors`, from which monitor and guard know what clean digits look like, and damaged ones.
 
 About ten seconds on one core. The only augmentation is a shift by up to one pixel; the network never meets
 the demo's corruptions. The seed is fixed: the same torch on the same kind of processor gives the same file.
@@ -21,6 +21,8 @@ from torch.nn import functional
 
 from tta_server.demo.data import MEAN, STD, Digits, held_out, training, validation
 from tta_server.demo.network import digits_network
+from tta_server.drift.benefit import GROUP as BENEFIT
+from tta_server.drift.estimators import GROUP as ESTIMATES
 from tta_server.drift.reference import GROUP as MONITORING
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
@@ -83,7 +85,7 @@ def main() -> None:
         data = Path(folder) / "validation.npz"
         images, labels = validation()
         np.savez(data, images=images.transpose(0, 2, 3, 1), labels=labels)
-        options = ("--data", str(data), "--only", MONITORING, "--force")
+        options = ("--data", str(data), "--only", f"{MONITORING},{BENEFIT},{ESTIMATES}", "--force")
         config = str(WEIGHTS.with_name("config.yaml"))
         subprocess.run([sys.executable, "-m", "tta_server", "prepare", config, *options], check=True)
 

@@ -46,7 +46,7 @@ REMEMBERED = (DRIFT, "confidence", AGREEMENT)
 """What the recent past is kept of: drift as its z-score, or, without a reference, as the batch-norm distance."""
 WATCHED = (DRIFT, DISTANCE)
 """Signals with detectors."""
-LEVELS = ("label_divergence", "label_psi", "parameter_distance")
+LEVELS = ("label_divergence", "label_psi", "parameter_distance", "benefit")
 """Signals that speak of all that was so far, and are not averaged again."""
 
 

@@ -22,6 +22,7 @@ DRIFT = "feature_distance"
 """The signal whose windowed z-score is the drift score, and on which the verdict rests."""
 DISTANCE = "bn_distance"
 AGREEMENT = "agreement"
+BENEFIT = "benefit"
 
 
 class Signal(NamedTuple):
@@ -59,6 +60,17 @@ SIGNALS: dict[str, Signal] = {
         "Jensen-Shannon divergence of the served classes' moving shares and those of clean data, 0 to 1", table=False
     ),
     "label_psi": Signal("population stability index of the same two", table=False),
+    "accuracy_atc": Signal(
+        "adapted model: accuracy without labels, by average thresholded confidence; of every few compared requests",
+        table=False,
+    ),
+    "accuracy_pdd": Signal("adapted model: the same by prediction disagreement under dropout", table=False),
+    "source_accuracy_atc": Signal("source path: the same by average thresholded confidence", table=False),
+    "source_accuracy_pdd": Signal("source path: the same by prediction disagreement under dropout", table=False),
+    "estimator_disagreement": Signal("adapted model: how far the two estimates are apart", table=False),
+    "benefit": Signal(
+        "estimated accuracy of the adapted model less that of the source, over the stream's newest rows", table=False
+    ),
     "update_norm": Signal("norm of a step's change of the adapted weights over the source weights' norm", table=False),
     "parameter_distance": Signal("norm of all change since the source over the source weights' norm", table=False),
 }
@@ -111,10 +123,14 @@ class Requests:
         """``[S]``."""
         return np.cumsum(self.sizes) - self.sizes
 
-    def mean(self, rows: Floats) -> Floats:
+    def sum(self, rows: Floats) -> Floats:
         """``[N, ...] -> [S, ...]``."""
         total: Floats = np.add.reduceat(rows, self.starts, axis=0)
-        return total / self.sizes.reshape(-1, *[1] * (rows.ndim - 1))
+        return total
+
+    def mean(self, rows: Floats) -> Floats:
+        """``[N, ...] -> [S, ...]``."""
+        return self.sum(rows) / self.sizes.reshape(-1, *[1] * (rows.ndim - 1))
 
     def shares(self, classes: NDArray[np.int64], count: int) -> Floats:
         """``classes [N]`` -> the share of each of ``count`` classes, ``[S, C]``."""

@@ -11,24 +11,33 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from adapters import serving
 from adapters.base import Policy, State, Step
 from tta_server.drift.monitor import Monitor
 from tta_server.drift.signals import AGREEMENT, DRIFT, Values
+from tta_server.engine.guarding import Guarding, Judged
 from tta_server.engine.run import PolicyRun
 from tta_server.engine.source import SourceModel
 from tta_server.engine.watch import Served, Watch
 from tta_server.errors import StepFailed, TtaError
 from tta_server.state.keeper import Done
 from tta_server.state.store import Lease, StateStore
-from tta_server.types import Answer, Event, Job, JobStats, Lane, Plan, StepStats, Stream
+from tta_server.types import Answer, Event, Job, JobStats, Lane, Plan, Standing, StepStats, Stream
 
 log = logging.getLogger(__name__)
 
-FAILURES = {"rejected_nonfinite": "rejected", "failed": "failed"}
+FAILURES = {
+    "rejected_nonfinite": "rejected",
+    "rejected_update": "rejected",
+    "rejected_distance": "rejected",
+    "failed": "failed",
+}
 """Events by the results of steps that were not kept."""
 
 AnswerJob = Callable[[Job, Answer | TtaError], None]
@@ -45,10 +54,12 @@ class Engine:
         shadow_ratio: float,
         frozen_ratio: float = 0.05,
         monitored: bool = True,
+        estimate_every: int = 8,
     ) -> None:
-        """The ratios are those of ``MonitorSettings``."""
+        """The ratios, and ``estimate_every``, are those of ``MonitorSettings``."""
         self.models, self.store, self.monitor = dict(models), store, monitor
-        self._watch = Watch(monitor, shadow_ratio, frozen_ratio, monitored)
+        self._watch = Watch(monitor, shadow_ratio, frozen_ratio, monitored, estimate_every)
+        self.guarding = Guarding(store, self.reset)
 
     def step(self, plan: Plan, answer: AnswerJob) -> StepStats:
         """Runs one plan; ``answer`` is called once per job, before any adaptation.
@@ -95,12 +106,17 @@ class Engine:
         if old != new:
             self.store.drop(old, stream)
         self.store.reset(new, stream)
-        self.monitor.forget(stream)
+        self.forget(stream)
 
     def drop(self, lane: Lane, stream: Stream, done: Done = lambda error: None) -> None:
         """Forgets a stream of ``lane``; ``done`` is told when the store has, too."""
         self.store.remove(lane, stream, done)
+        self.forget(stream)
+
+    def forget(self, stream: Stream) -> None:
+        """What was known of a stream is of a state that is gone."""
         self.monitor.forget(stream)
+        self.guarding.forget(stream)
 
     def add_lane(self, lane: Lane) -> None:
         """Makes room for the states of a lane. Raises ``ValueError`` where its policy cannot run."""
@@ -143,6 +159,8 @@ class Engine:
         model = self.models[lane.model]
         started = time.monotonic()
         lease: Lease | None = None
+        values = Values()
+        shadow_seconds = 0.0
         try:
             try:
                 state = State({}, {})
@@ -150,43 +168,78 @@ class Engine:
                 if self.store.has_state(lane):
                     lease, state = self.store.lease(lane, [job.stream for job in jobs])
                 run = PolicyRun(model, lane, jobs, state)
-                served = Served(run, run.scores())
+                served = Served.of(run, run.scores())
                 sampled = [] if shed else self._watch.sample(model, lane, jobs, run.source is not None)
+                sound = _finite(served.adapted, served)
+                judged, first = self.guarding.begin(lane, jobs), self.guarding.first(lane, jobs, sound)
+                forward_seconds = time.monotonic() - started
+                sources = None
+                if first:
+                    observed = [one for one in sampled if one in first]
+                    sources = self._watch.ask(model, served, first, observed, first, values)
+                    self.guarding.judge(model, jobs, served, sources, first, judged, unanswered=True)
+                    shadow_seconds = time.monotonic() - started - forward_seconds
                 shed = shed and lease is not None
             except Exception as error:
                 raise _Unanswered from error
-            forward_seconds = time.monotonic() - started
-            finite = self._answer(lane, jobs, served, started, forward_seconds, answer, shed)
+            seconds = forward_seconds + shadow_seconds
+            self._answer(lane, jobs, served, judged, started, seconds, answer, shed)
+            shadow_started, failed = time.monotonic(), False
+            rest = [index for index in range(len(jobs)) if index not in first]
+            try:
+                late = [one for one in sampled if one not in first]
+                if late or (sources is None and run.source is not None):
+                    guarded = [one for one in late if jobs[one].stream.guarded is not None and not lane.policy.plain]
+                    asked = self._watch.ask(model, served, late, late, guarded, values)
+                    sources = asked if sources is None or asked is None else sources.joined(asked)
+                if not shed:
+                    self.guarding.judge(model, jobs, served, sources, rest, judged, unanswered=False)
+            except Exception:  # the answers have left
+                log.exception("asking the source failed", extra={"jobs": [_about(job) for job in jobs]})
+                failed = True
             adapt_started = time.monotonic()
+            shadow_seconds += adapt_started - shadow_started if rest and sampled else 0.0
             if shed:
                 run.stop()
                 results, own = ["shed"] * len(jobs), Values()
+            elif not any(judged.learns):
+                run.stop()
+                results, own = ["none" if lease is None else "vetoed"] * len(jobs), Values()
             else:
-                results, own = self._adapt(model, lane, jobs, run, lease, finite)
+                results, own = self._learn(model, lane, jobs, run, served, lease, sound, judged.learns)
             adapt_seconds = time.monotonic() - adapt_started
         finally:
             if lease is not None:
                 self.store.release(lease)
+        moved = self.guarding.close(lane, jobs, results, judged)
         for job, result in zip(jobs, results, strict=True):
             self.store.meet(job.stream)
             job.stream.requests += 1
             job.stream.adapted += not lane.policy.plain
             job.stream.failures += result in FAILURES
         self._save_due()
-        measured = self._watch.measure(model, lane, jobs, served, own, sampled)
+        measured = self._watch.measure(model, lane, jobs, served, {**own, **values, **judged.values}, sources, failed)
         told = [
             Event(FAILURES[result], job.stream, {"version": job.stream.version}, job.origin)
             for job, result in zip(jobs, results, strict=True)
             if result in FAILURES
         ]
-        sizes = run.segments.sizes
-        parts = (one.split(sizes) for one in (served.entropy, served.confidence, served.margin))
+        parts = (one.split(run.segments.sizes) for one in (served.entropy, served.confidence, served.margin))
         stats = [
             JobStats(
-                job.stream, job.rows, started - job.arrived, entropy, confidence, margin, result, signals, job.origin
+                job.stream,
+                job.rows,
+                started - job.arrived,
+                entropy,
+                confidence,
+                margin,
+                result,
+                signals,
+                job.origin,
+                who,
             )
-            for job, result, signals, entropy, confidence, margin in zip(
-                jobs, results, measured.signals, *parts, strict=True
+            for job, result, signals, who, entropy, confidence, margin in zip(
+                jobs, results, measured.signals, judged.served, *parts, strict=True
             )
         ]
         return StepStats(
@@ -195,10 +248,10 @@ class Engine:
             stats,
             forward_seconds,
             adapt_seconds,
-            measured.shadow_seconds,
+            shadow_seconds,
             measured.monitor_seconds,
             time.time(),
-            told + measured.events,
+            told + moved + measured.events,
             measured.failed,
         )
 
@@ -207,22 +260,21 @@ class Engine:
         lane: Lane,
         jobs: list[Job],
         served: Served,
+        judged: Judged,
         started: float,
         seconds: float,
         answer: AnswerJob,
         shed: bool,
-    ) -> list[bool]:
-        """Answers every job; returns whose scores were finite."""
-        sizes = served.run.segments.sizes
-        starts = np.cumsum([0, *sizes[:-1]])
-        finite: list[bool] = np.logical_and.reduceat(served.logits.isfinite().all(1).numpy(), starts).tolist()
+    ) -> None:
+        """Answers every job."""
+        sizes, finite = served.run.segments.sizes, _finite(served.logits, served)
         parts = (one.split(sizes) for one in (served.logits, served.entropy, served.confidence, served.margin))
         known = self.monitor.survey([job.stream for job in jobs])
         told = zip(
             known.verdicts(), known.values(DRIFT, scored=True).tolist(), known.values(AGREEMENT).tolist(), strict=True
         )
-        for job, sound, (verdict, drift, agreement), logits, entropy, confidence, margin in zip(
-            jobs, finite, told, *parts, strict=True
+        for job, sound, who, note, (verdict, drift, agreement), logits, entropy, confidence, margin in zip(
+            jobs, finite, judged.served, judged.comparisons, told, *parts, strict=True
         ):
             if not sound:
                 answer(job, StepFailed("the scores for these inputs are not finite; the stream was left as it was"))
@@ -240,6 +292,9 @@ class Engine:
                     version=job.stream.version,
                     adapted=not lane.policy.plain,
                     policy=lane.policy.name,
+                    served=who,
+                    guard=_standing(job, lane),
+                    comparison=note,
                     shed=shed,
                     entropy=entropy,
                     confidence=confidence,
@@ -252,7 +307,43 @@ class Engine:
                     lost=lost,
                 ),
             )
-        return finite
+
+    def _learn(
+        self,
+        model: SourceModel,
+        lane: Lane,
+        jobs: list[Job],
+        run: PolicyRun,
+        served: Served,
+        lease: Lease | None,
+        sound: list[bool],
+        learns: list[bool],
+    ) -> tuple[list[str], Values]:
+        """The step's second half, for the jobs whose scores are ``sound`` and whose guard lets them learn. Where a
+        guard found outliers, all is done over without these rows."""
+        kept = self.guarding.inliers(jobs, served)
+        if any(rows is not None for rows in kept):
+            run.stop()
+            jobs = [
+                job if rows is None or job.x is None else replace(job, x=job.x[torch.from_numpy(rows)])
+                for job, rows in zip(jobs, kept, strict=True)
+            ]
+            state = State({}, {}) if lease is None else self.store.state_of(lease)
+            run = PolicyRun(model, lane, jobs, state)
+            try:
+                run.scores()
+            except Exception:  # the answers have left
+                log.exception("adaptation failed", extra={"jobs": [_about(job) for job in jobs]})
+                return ["failed"] * len(jobs), Values()
+        allowed = [one and may for one, may in zip(sound, learns, strict=True)]
+        results, own = self._adapt(model, lane, jobs, run, lease, allowed)
+        if any(rows is not None for rows in kept):
+            counts = [math.nan if rows is None else 1 - len(rows) / served.sizes[i] for i, rows in enumerate(kept)]
+            own["outliers"] = np.array(counts)
+        return [
+            "vetoed" if result == "rejected_nonfinite" and one and not may else result
+            for result, one, may in zip(results, sound, learns, strict=True)
+        ], own
 
     def _adapt(
         self, model: SourceModel, lane: Lane, jobs: list[Job], run: PolicyRun, lease: Lease | None, finite: list[bool]
@@ -285,11 +376,11 @@ class Engine:
         signals: Values = {name: values.double().cpu().numpy() for name, values in step.signals.items()}
         if lease is None:
             return ["none" if one else "rejected_nonfinite" for one in finite], signals
-        commit = self.store.commit(lease, step.state, finite)
+        commit = self.store.commit(lease, step.state, finite, [_region(job) for job in jobs])
         # A step that moves nothing, of a window that is not full yet, say, is none to take the length of.
         signals["update_norm"] = np.array([norm or math.nan for norm in commit.update])
         signals["parameter_distance"] = np.array(commit.distance)
-        return ["applied" if keep else "rejected_nonfinite" for keep in commit.kept], signals
+        return commit.results, signals
 
 
 def initial_state(policy: Policy, model: SourceModel) -> State:
@@ -302,6 +393,29 @@ def initial_state(policy: Policy, model: SourceModel) -> State:
             f"run: tta-server prepare CONFIG --data DIR --only {listed}"
         )
     return serving.init(policy, model.source)
+
+
+def _finite(logits: Tensor, served: Served) -> list[bool]:
+    """Whose scores, among ``logits [N, C]``, are all finite."""
+    sound: list[bool] = np.logical_and.reduceat(logits.isfinite().all(1).numpy(), served.starts).tolist()
+    return sound
+
+
+def _region(job: Job) -> tuple[float, float]:
+    """The longest step and distance that the guard of an answer's stream lets pass. Statistics have none."""
+    guard = job.stream.guarded
+    if guard is None or not job.stream.policy.differentiates:
+        return math.inf, math.inf
+    return guard.settings.most_update or math.inf, guard.settings.most_distance or math.inf
+
+
+def _standing(job: Job, lane: Lane) -> Standing | None:
+    """How the guard of an answer's stream stands."""
+    guard = job.stream.guarded
+    if guard is None:
+        return None
+    known = guard.benefit if guard.benefit == guard.benefit else None  # NaN: unknown
+    return Standing("off" if lane.policy.plain and not job.stream.adapt else guard.state, guard.evidence, known)
 
 
 class _Unanswered(Exception):

@@ -9,7 +9,7 @@ How batch norms compute is in ``segment_norm.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -108,7 +108,8 @@ class StreamBatchNorm(StreamNorm):
         norm = now.norm
         if mean is None or var is None:
             # The source itself keeps no statistics here: its only mode is the batch's.
-            mean, var, norm = x.new_zeros(1, self.channels), x.new_ones(1, self.channels), BATCH_NORM
+            mean, var = x.new_zeros(1, self.channels), x.new_ones(1, self.channels)
+            norm = replace(BATCH_NORM, median=norm.median)
         y: Tensor
         y, mean, var = SegmentBatchNorm.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
             x, gamma, beta, mean, var, now.segments, norm, self.eps

@@ -25,12 +25,27 @@ class PolicyRun:
         self.segments = Segments([job.rows for job in jobs], device)
         self.source: Output | None = None
         """What the plain source says of all rows, where the policy asked it."""
+        self.policy = lane.policy
+        self.head: Mapping[str, Tensor] = {}
+        """Of that network, what is the streams' own: ``weight`` and ``bias`` of the classifier head, ``[S, ...]``."""
+        self._scored = False
+        self.own: Output | None = None
+        """What the policy's own network says of all rows before anything is made of it: its last pass before the
+        scores."""
         self.x = torch.cat([job.x for job in jobs if job.x is not None]).to(device, dtype)
 
         def network(weights: Mapping[str, Tensor], x: Tensor, segments: Segments, norm: Norm) -> Output:
             output = model.network.run(Pass(segments, weights, norm), x)
             if x is self.x and not weights and norm == SOURCE_NORM:
                 self.source = output
+            if x is self.x and not self._scored:
+                self.own = Output(output.logits.detach(), output.features.detach())
+                head = model.source.head
+                self.head = {
+                    kind: weights[f"{head}.{kind}"].detach()
+                    for kind in ("weight", "bias")
+                    if f"{head}.{kind}" in weights
+                }
             return output
 
         keys = torch.tensor([job.stream.random_key for job in jobs], device=device)
@@ -41,6 +56,7 @@ class PolicyRun:
     def scores(self) -> Tensor:
         """Runs to the ``yield``: the logits to serve, ``[N, C]`` on the CPU, at least float32."""
         logits = next(self._step).detach()
+        self._scored = True
         return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
 
     def stop(self) -> None:

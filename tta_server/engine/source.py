@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from adapters.base import Source
+from tta_server.drift.benefit import GROUP as BENEFIT
+from tta_server.drift.benefit import UNPREPARED, Judge
+from tta_server.drift.estimators import GROUP as ESTIMATES
+from tta_server.drift.estimators import Estimates, Head
 from tta_server.drift.reference import GROUP as MONITORING
 from tta_server.drift.reference import Reference
 from tta_server.engine.artefacts import load_artefacts
@@ -51,8 +56,20 @@ class SourceModel:
     """By group of its artefacts, how these were made."""
     reference: Reference | None = None
     """What clean data look like to the monitor, if that was prepared."""
+    judge: Judge = UNPREPARED
+    """Of the benefit of adaptation on it."""
+    estimates: Estimates | None = None
+    """What label-free accuracy is estimated with, if that was prepared."""
     reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By policy, how it does on this model under its preset, see ``report.py``. Filled in once all is loaded."""
+
+    @cached_property
+    def linear_head(self) -> Head | None:
+        """The classifier head, where it is linear."""
+        weight, bias = (self.source.weights.get(f"{self.source.head}.{kind}") for kind in ("weight", "bias"))
+        if weight is None or tuple(weight.shape) != (len(self.classes), self.source.feature_dim):
+            return None
+        return Head(weight.float().cpu().numpy(), None if bias is None else bias.float().cpu().numpy())
 
     @property
     def adaptable_values(self) -> int:
@@ -86,7 +103,10 @@ def load_model(name: str, settings: Settings, device: torch.device) -> SourceMod
     except ConfigError as error:
         raise ConfigError(f"model {name!r}: {error}") from error
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
-    monitoring = artefacts.group(MONITORING)
+    groups = {
+        name: {key: one.cpu().numpy() for key, one in artefacts.group(name).items()}
+        for name in (MONITORING, BENEFIT, ESTIMATES)
+    }
     return SourceModel(
         name=name,
         settings=spec,
@@ -111,9 +131,9 @@ def load_model(name: str, settings: Settings, device: torch.device) -> SourceMod
         left_alone=left_alone,
         row_gap=probed.row_gap,
         prepared=artefacts.made,
-        reference=Reference.of_tensors({key: one.cpu().numpy() for key, one in monitoring.items()})
-        if monitoring
-        else None,
+        reference=Reference.of_tensors(groups[MONITORING]) if groups[MONITORING] else None,
+        judge=Judge.of_tensors(groups[BENEFIT]) if groups[BENEFIT] else UNPREPARED,
+        estimates=Estimates.of_tensors(groups[ESTIMATES]) if groups[ESTIMATES] else None,
     )
 
 

@@ -7,14 +7,16 @@ import math
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters import losses
-from adapters.base import Output, Segments
+from adapters.base import Output, Scope, Segments
+from tta_server.drift.benefit import REFEREE, UNPREPARED
+from tta_server.drift.estimators import Head
 from tta_server.drift.monitor import Detection, Monitor
 from tta_server.drift.signals import Floats, Requests, Scores, Values, bn_distances, of_both, of_served, of_source
 from tta_server.engine.norm import Pass
@@ -27,10 +29,58 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Served:
-    """What the first half of a step answers: ``logits [N, C]`` on the CPU, and each row's confidence family."""
+    """What the first half of a step answers: ``logits [N, C]`` on the CPU, and each row's confidence family.
+
+    ``adapted [N, C]`` is what the policy made of the rows, and stays as it is where others are served in its place.
+    """
 
     run: PolicyRun
+    adapted: Tensor
     logits: Tensor
+
+    @staticmethod
+    def of(run: PolicyRun, scores: Tensor) -> Served:
+        """As the policy would have it."""
+        return Served(run, scores, scores)
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """Rows of each job, ``[S]``."""
+        return np.array(self.run.segments.sizes)
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """Where each job's rows begin, ``[S]``."""
+        return np.cumsum(self.sizes) - self.sizes
+
+    @cached_property
+    def classes(self) -> NDArray[np.int64]:
+        """What the policy takes the rows for, ``[N]``."""
+        likeliest: NDArray[np.int64] = self.adapted.numpy().argmax(1)
+        return likeliest
+
+    @cached_property
+    def own(self) -> Floats:
+        """Scores of the policy's network before anything is made of them, ``[N, C]``, see ``PolicyRun.own``; of a
+        policy that leaves the network as it is, what it makes of them."""
+        own = self.run.own
+        if own is None or self.run.policy.scope is Scope.NONE:
+            return self.adapted.numpy()
+        scores: Floats = own.logits.float().cpu().numpy()
+        return scores
+
+    @cached_property
+    def features(self) -> Floats:
+        """What entered the head of that network, ``[N, D]``; the scores, where no pass over the rows was seen."""
+        values: Floats = self.adapted.numpy() if self.run.own is None else self.run.own.features.float().cpu().numpy()
+        return values
+
+    def replace(self, part: slice, source: Tensor, rows: Tensor) -> None:
+        """Serves ``source [n, C]`` for those ``rows [n]`` (bool) of ``part``."""
+        if self.logits is self.adapted:
+            object.__setattr__(self, "logits", self.adapted.clone())
+        own = self.logits[part]
+        own[rows] = source[rows].to(own.dtype)
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -52,12 +102,38 @@ class Served:
         return self.logits.softmax(1).topk(min(2, self.logits.shape[1])).values.T.contiguous()
 
 
-class Sources(NamedTuple):
-    """The source path of some of a step's jobs."""
+@dataclass(frozen=True)
+class Sources:
+    """The source path of some of a step's jobs: ``jobs`` in order, their rows' scores and features one after the
+    other, ``sizes`` rows of each. ``referee``: by job, the classes of the benefit's referee, where it was asked."""
 
     jobs: list[int]
     logits: Floats
     features: Floats
+    sizes: NDArray[np.int64]
+    referee: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+
+    def scores(self, place: int) -> Floats:
+        """Of the job at this place, ``[n, C]``."""
+        end = int(self.sizes[: place + 1].sum())
+        return self.logits[end - int(self.sizes[place]) : end]
+
+    def classes(self, place: int) -> NDArray[np.int64]:
+        """Of the job at this place, ``[n]``."""
+        likeliest: NDArray[np.int64] = self.scores(place).argmax(1)
+        return likeliest
+
+    def joined(self, other: Sources) -> Sources:
+        """With those of other jobs, in order."""
+        parts: dict[int, tuple[Floats, Floats]] = {}
+        for one in (self, other):
+            ends = np.cumsum(one.sizes)[:-1]
+            rows = zip(np.split(one.logits, ends), np.split(one.features, ends), strict=True)
+            parts |= dict(zip(one.jobs, rows, strict=True))
+        jobs = sorted(parts)
+        logits, features = zip(*(parts[job] for job in jobs), strict=True)
+        sizes = np.array([len(one) for one in logits])
+        return Sources(jobs, np.concatenate(logits), np.concatenate(features), sizes, {**self.referee, **other.referee})
 
 
 @dataclass
@@ -66,7 +142,6 @@ class Measured:
 
     signals: list[dict[str, float]]
     events: list[Event] = field(default_factory=list)
-    shadow_seconds: float = 0.0
     monitor_seconds: float = 0.0
     failed: bool = False
 
@@ -74,44 +149,99 @@ class Measured:
 class Watch:
     """Measures for one monitor."""
 
-    def __init__(self, monitor: Monitor, shadow_ratio: float, frozen_ratio: float, enabled: bool) -> None:
+    def __init__(
+        self, monitor: Monitor, shadow_ratio: float, frozen_ratio: float, enabled: bool, estimate_every: int
+    ) -> None:
         """``shadow_ratio``: share of each adapting stream's requests that also run through the source.
         ``frozen_ratio``: of those that the source is asked for anyway, the share whose batch norms are looked at.
-        Unless ``enabled``, nothing is measured but what the step itself tells."""
+        ``estimate_every``: accuracy is estimated on every so many-th request of a stream, where the source is asked,
+        too; 0 for none. Unless ``enabled``, nothing is measured but what the step itself tells and the guards need."""
         self.monitor, self._shadow_ratio, self._frozen_ratio = monitor, shadow_ratio, frozen_ratio
-        self._enabled = enabled
+        self._enabled, self._estimate_every = enabled, estimate_every
 
     def sample(self, model: SourceModel, lane: Lane, jobs: list[Job], asked: bool) -> list[int]:
-        """Which jobs' requests run through the source: an even share of each named stream's, by who answers.
+        """Which jobs' requests run through the source, their batch norms looked at: an even share of each named
+        stream's, by who answers.
 
         ``asked``: the step runs the source anyway, so that only its batch norms, if any, are left to be looked at.
         """
-        if not self._enabled or (asked and not model.network.keeps_statistics):
+        if asked and not (self._enabled and model.network.keeps_statistics):
             return []
         plain = lane.policy.plain
         ratio = self._frozen_ratio if asked else self._shadow_ratio
         chosen = []
         for index, job in enumerate(jobs):
             stream = job.stream
+            if not self._enabled and (plain or stream.guarded is None):
+                continue
             past = stream.requests - stream.adapted if plain else stream.adapted
             if stream.id and math.ceil((past + 1) * ratio) > math.ceil(past * ratio):
                 chosen.append(index)
         return chosen
 
+    def ask(
+        self,
+        model: SourceModel,
+        served: Served,
+        some: list[int],
+        observed: list[int],
+        guarded: list[int],
+        values: Values,
+    ) -> Sources | None:
+        """The source path of the jobs ``some``, and of all where the policy asked the source anyway; ``None`` for none.
+        Of those ``observed``, measures the batch norms, too, into ``values``; of those ``guarded``, asks the referee.
+        """
+        sizes = served.sizes
+        plain = [index for index in some if index not in observed] if served.run.source is None else []
+        sources = None if served.run.source is None else _sources(list(range(len(sizes))), served.run.source, sizes)
+        for chosen, observe in ((observed, True), (plain, False)):
+            if not chosen:
+                continue
+            parts = served.run.x.split(served.run.segments.sizes)
+            watched = Pass(Segments(sizes[chosen].tolist(), model.network.device), observe=observe)
+            with torch.no_grad():
+                output = model.network.run(watched, torch.cat([parts[one] for one in chosen]))
+            found = model.network.observed(watched)
+            if found is not None:
+                for name, distance in bn_distances(*found).items():
+                    column = values.setdefault(name, np.full(len(sizes), np.nan))
+                    column[chosen] = distance
+            if served.run.source is None:
+                own = _sources(chosen, output, sizes[chosen])
+                sources = own if sources is None else sources.joined(own)
+        if guarded and sources is not None:
+            sources.referee.update(self._referee(model, served, guarded))
+        return sources
+
+    def _referee(self, model: SourceModel, served: Served, guarded: list[int]) -> dict[int, NDArray[np.int64]]:
+        """The referee's classes of these jobs' rows; of no meaning to a judge that does not look at them."""
+        sizes = served.sizes[guarded]
+        if model.judge is UNPREPARED:
+            return {job: np.full(size, -1) for job, size in zip(guarded, sizes.tolist(), strict=True)}
+        parts = served.run.x.split(served.run.segments.sizes)
+        half_way = Pass(Segments(sizes.tolist(), model.network.device), {}, REFEREE)
+        with torch.no_grad():
+            classes = model.network.run(half_way, torch.cat([parts[one] for one in guarded])).logits.argmax(1)
+        return dict(zip(guarded, np.split(classes.cpu().numpy(), np.cumsum(sizes)[:-1]), strict=True))
+
     def measure(
-        self, model: SourceModel, lane: Lane, jobs: list[Job], served: Served, step: Values, sampled: list[int]
+        self,
+        model: SourceModel,
+        lane: Lane,
+        jobs: list[Job],
+        served: Served,
+        step: Values,
+        sources: Sources | None,
+        failed: bool,
     ) -> Measured:
         """Measures a step that is over, ``step`` being its own signals by name, ``[S]`` each. Raises nothing: measuring
-        must not undo what is answered and committed."""
+        must not undo what is answered and committed. ``failed``: whether something went wrong already."""
         started = time.monotonic()
-        shadow_seconds = 0.0
         values = dict(step)
-        measured = Measured([{} for _ in jobs])
+        measured = Measured([{} for _ in jobs], failed=failed)
         try:
             with np.errstate(all="ignore"):
                 if self._enabled:
-                    sources = self._shadow(model, served, sampled, values)
-                    shadow_seconds = time.monotonic() - started
                     self._compare(model, lane, jobs, served, sources, values)
                 origins = {job.stream: job.origin for job in jobs}
                 measured.events = [
@@ -128,27 +258,8 @@ class Watch:
             for own, value in zip(measured.signals, column.tolist(), strict=True):
                 if math.isfinite(value):
                     own[name] = value
-        measured.shadow_seconds = shadow_seconds if sampled else 0.0
-        measured.monitor_seconds = time.monotonic() - started - measured.shadow_seconds
+        measured.monitor_seconds = time.monotonic() - started
         return measured
-
-    def _shadow(self, model: SourceModel, served: Served, sampled: list[int], values: Values) -> Sources | None:
-        """Runs the sampled jobs through the source and measures its batch norms. Returns the source path of as many
-        jobs as there is one of, without a pass of its own where the policy asked the source anyway."""
-        sizes = served.run.segments.sizes
-        shadow: Output | None = None
-        if sampled:
-            parts = served.run.x.split(sizes)
-            watched = Pass(Segments([sizes[one] for one in sampled], model.network.device), observe=True)
-            with torch.no_grad():
-                shadow = model.network.run(watched, torch.cat([parts[one] for one in sampled]))
-            observed = model.network.observed(watched)
-            if observed is not None:
-                for name, distance in bn_distances(*observed).items():
-                    values[name] = _spread(distance, sampled, len(sizes))
-        if served.run.source is not None:
-            return _sources(list(range(len(sizes))), served.run.source)
-        return None if shadow is None else _sources(sampled, shadow)
 
     def _compare(
         self,
@@ -160,7 +271,7 @@ class Watch:
         values: Values,
     ) -> None:
         """Adds the signals of the served path, of the source path and of both."""
-        sizes = np.array(served.run.segments.sizes)
+        sizes = served.sizes
         answers, everybody = Scores(served.logits.numpy()), Requests(sizes)
         values |= of_served(answers, served.confidence.numpy(), served.margin.numpy(), everybody)
         if sources is None:
@@ -172,9 +283,43 @@ class Watch:
         found = of_source(scores, sources.features, clean, some)
         if not lane.policy.plain:
             rows = np.repeat(np.isin(np.arange(len(jobs)), sources.jobs), sizes)
-            found |= of_both(Scores(answers.logits[rows]), scores, some)
+            found |= of_both(Scores(served.adapted.numpy()[rows]), scores, some)
         for name, value in found.items():
             values[name] = _spread(value, sources.jobs, len(jobs))
+        self._estimate(model, lane, jobs, served, sources, values)
+
+    def _estimate(
+        self, model: SourceModel, lane: Lane, jobs: list[Job], served: Served, sources: Sources, values: Values
+    ) -> None:
+        """Adds the accuracy, as estimated without labels, of both models on every few of the compared requests."""
+        estimates, head = model.estimates, model.linear_head
+        if estimates is None or not self._estimate_every:
+            return
+        chosen = [
+            place
+            for place, job in enumerate(sources.jobs)
+            if jobs[job].stream.id and (jobs[job].stream.requests - 1) % self._estimate_every == 0
+        ]
+        if not chosen:
+            return
+        ends = np.cumsum(sources.sizes)
+        rows = np.concatenate([np.arange(ends[one] - sources.sizes[one], ends[one]) for one in chosen])
+        places, requests = [sources.jobs[one] for one in chosen], Requests(sources.sizes[chosen])
+        plain = estimates.estimate(sources.logits[rows], sources.features[rows], head, requests, adapted=False)
+        values["source_accuracy_atc"] = _spread(plain.atc, places, len(jobs))
+        values["source_accuracy_pdd"] = _spread(plain.pdd, places, len(jobs))
+        own = served.run.own
+        if lane.policy.plain or own is None:
+            return
+        mine = np.concatenate([np.arange(served.starts[one], served.starts[one] + served.sizes[one]) for one in places])
+        weight, bias = (served.run.head.get(kind) for kind in ("weight", "bias"))
+        if weight is not None:
+            parts = (None if one is None else one[places].float().cpu().numpy() for one in (weight, bias))
+            head = Head(*parts)  # type: ignore[arg-type]  # the first is there
+        adapted = estimates.estimate(served.own[mine], served.features[mine], head, requests, adapted=True)
+        values["accuracy_atc"] = _spread(adapted.atc, places, len(jobs))
+        values["accuracy_pdd"] = _spread(adapted.pdd, places, len(jobs))
+        values["estimator_disagreement"] = _spread(adapted.disagreement, places, len(jobs))
 
     def _tell(self, model: SourceModel, lane: Lane, jobs: list[Job], served: Served, values: Values) -> list[Detection]:
         """Hands the named streams' signals to the monitor.
@@ -184,7 +329,7 @@ class Watch:
         """
         named = [index for index, job in enumerate(jobs) if job.stream.id]
         streams = [jobs[index].stream for index in named]
-        sizes = np.array(served.run.segments.sizes)
+        sizes = served.sizes
         own = np.array([lane.policy == one.policy or not one.adapt for one in streams], np.bool_)
         shares = None
         if self._enabled and model.reference is not None:
@@ -193,7 +338,7 @@ class Watch:
         if not values:
             return []
         told = {
-            name: value[named] if name in SOURCE_PATH else np.where(own, value[named], np.nan)
+            name: value[named] if name in SOURCE_PATH | ESTIMATED else np.where(own, value[named], np.nan)
             for name, value in values.items()
         }
         if self._enabled and lane.policy.plain:  # the source agrees with itself
@@ -205,11 +350,13 @@ SOURCE_PATH = frozenset(
     {"feature_distance", "source_entropy", "source_energy", "label_skew", "bn_distance", "bn_distance_max"}
     | {f"bn_distance_{third}" for third in ("early", "middle", "late")}
 )
-"""Signals that do not depend on who answered."""
+"""Signals that do not depend on who answered, measured of all requests that the source is asked for."""
+ESTIMATED = frozenset({"source_accuracy_atc", "source_accuracy_pdd"})
+"""Neither do these, estimated on every few of them."""
 
 
-def _sources(jobs: list[int], output: Output) -> Sources:
-    return Sources(jobs, output.logits.float().cpu().numpy(), output.features.float().cpu().numpy())
+def _sources(jobs: list[int], output: Output, sizes: NDArray[np.int64]) -> Sources:
+    return Sources(jobs, output.logits.float().cpu().numpy(), output.features.float().cpu().numpy(), sizes)
 
 
 def _spread(values: Floats, jobs: list[int], count: int) -> Floats:

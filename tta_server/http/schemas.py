@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -20,10 +21,14 @@ from tta_server.drift.signals import SIGNALS
 from tta_server.errors import BadInput
 from tta_server.http.values import softmax
 from tta_server.policies import settings_of
+from tta_server.report_card import PolicyCard
 from tta_server.settings import Durability, InputSettings
 from tta_server.state.keeper import Tally
 from tta_server.state.records import Shutdown, Snapshot
 from tta_server.tenant import Tenant
+from tta_server.trust.guarantees import Audit
+from tta_server.trust.guard import Guard, State
+from tta_server.trust.labels import Figures
 from tta_server.types import Answer, Stream
 
 MOST_MEMBERS = 256
@@ -89,6 +94,10 @@ DurabilityWanted = Annotated[
 ]
 
 
+GUARD_TEXT = "What differs from the guard's settings as they are, see the setting `guard`."
+GuardChanges = Annotated[dict[str, Any] | None, Bounded]
+
+
 class OpenStream(_Request):
     """Body of ``PUT /v1/streams/{id}``. What is left out takes the model's defaults, or stays as it is."""
 
@@ -99,6 +108,7 @@ class OpenStream(_Request):
     )
     adapt: bool | None = Field(default=None, description="Whether the stream adapts; on for a new one.")
     durability: DurabilityWanted = None
+    guard: GuardChanges = Field(default=None, description=GUARD_TEXT)
 
 
 class PatchStream(_Request):
@@ -112,11 +122,12 @@ class PatchStream(_Request):
         "state is kept where its layout stays the same; another window or optimiser starts from the source.",
     )
     durability: DurabilityWanted = None
+    guard: GuardChanges = Field(default=None, description=GUARD_TEXT + " Another guarantee starts afresh.")
 
     @model_validator(mode="after")
     def _check(self) -> PatchStream:
-        if self.adapt is None and self.policy is None and self.settings is None and self.durability is None:
-            raise ValueError("give at least one of adapt, policy, settings and durability")
+        if all(one is None for one in (self.adapt, self.policy, self.settings, self.durability, self.guard)):
+            raise ValueError("give at least one of adapt, policy, settings, durability and guard")
         return self
 
 
@@ -143,6 +154,23 @@ class Fork(_Request):
     """Body of ``POST /v1/streams/{id}/fork``."""
 
     id: Name = Field(description="Of the copy: 1 to 128 of A-Z a-z 0-9 . _ : -, not in use.")
+
+
+class Operate(_Request):
+    """Body of ``POST /v1/streams/{id}/guard``."""
+
+    state: Literal["shadow", "canary", "active", "frozen", "quarantine", "auto"] = Field(
+        description="Where the guard is to be, and to stay; auto: it decides again."
+    )
+
+
+class Labels(_Request):
+    """Body of ``POST /v1/streams/{id}/labels``: what one request's rows were."""
+
+    request: Annotated[str, Field(max_length=LONGEST_NAME)] = Field(
+        description="Id of a prediction request of this stream: `request` in its answer, and its X-Request-ID."
+    )
+    labels: list[int | None] = Field(description="Class numbers, one a row; null where unknown, perhaps until later.")
 
 
 class PolicyInfo(BaseModel):
@@ -176,6 +204,9 @@ class PolicyCost(BaseModel):
     runs: bool
     bytes_per_stream: int | None = Field(default=None, description="Of state; only where the policy runs.")
     reason: str | None = Field(default=None, description="Only where the policy does not run.")
+    card: PolicyCard | None = Field(
+        default=None, description="What `tta-server prepare --report` found; only where that was run, and still fits."
+    )
 
 
 class ModelInfo(BaseModel):
@@ -198,6 +229,34 @@ class ModelList(BaseModel):
     """All source models."""
 
     models: list[ModelInfo]
+
+
+class GuardMove(BaseModel):
+    """How a guard came into its state."""
+
+    from_: str = Field(alias="from")
+    rule: str
+    action: str
+    statistic: float | None
+    threshold: float | None
+
+
+class GuardInfo(BaseModel):
+    """A stream's guard: what is served, and what is known of it."""
+
+    enabled: bool
+    state: Literal["off", "shadow", "canary", "active", "frozen", "quarantine"]
+    pinned: bool = Field(description="Whether an operator chose the state, which then stays.")
+    evidence: Literal["unknown", "helps", "unclear", "harms"]
+    benefit: float | None = Field(
+        description="Accuracy that the adapted model is estimated to have over the source's, without labels; null "
+        "before anything was compared."
+    )
+    since: GuardMove | None = Field(description="The move into this state; null at the start.")
+    guarantee: dict[str, Any] = Field(
+        description="kind; remaining: share of the budget; bound: what is guaranteed of the errors beyond the "
+        "source's; worst: the most they can be by the labels that came; of audits also evidence, certified, interval."
+    )
 
 
 class StreamInfo(BaseModel):
@@ -231,6 +290,7 @@ class StreamInfo(BaseModel):
     )
     verdict: Verdict = Field(description="The stream in words.")
     agreement: float | None = Field(description="Share of sampled rows of late with the source model's class.")
+    guard: GuardInfo | None = Field(description="Null for streams of the source policy, which cannot go wrong.")
 
 
 class Signal(BaseModel):
@@ -247,6 +307,7 @@ class Signal(BaseModel):
 class StreamDetail(StreamInfo):
     """One stream with all that is measured of it."""
 
+    guard_settings: dict[str, Any] | None = Field(description="See the setting guard; null without one.")
     signals: dict[str, Signal]
     missing: dict[str, str] = Field(description="What cannot be measured of it, and how to get that.")
 
@@ -314,14 +375,73 @@ class Ranked(BaseModel):
     probability: float
 
 
+class Share(BaseModel):
+    """A share, or a difference of two, and its 95 % interval. For one look at independent rows."""
+
+    value: float
+    low: float
+    high: float
+    rows: int
+
+
+class LabelFigures(BaseModel):
+    """What labels say. Null where there were none."""
+
+    rows: int
+    asked: int = Field(
+        description="Of the rows, how many the server had asked for. These are where the two models differ, so the "
+        "accuracies are then not those of the stream."
+    )
+    served: Share | None = Field(description="Accuracy of the answers.")
+    adapted: Share | None = Field(description="Of the adapted model, on rows where both models ran.")
+    source: Share | None = Field(description="Of the source, on the same rows.")
+    benefit: Share | None = Field(description="The former less the latter, paired.")
+    disagreements: int
+    adapted_right: int
+    source_right: int
+    neither_right: int
+    brier: float | None
+
+
+class LabelReport(BaseModel):
+    """What labels say of a stream, and which the server would like to have."""
+
+    recent: LabelFigures | None = Field(description="Of the newest 1,000 labelled rows.")
+    total: LabelFigures | None = Field(description="Of all.")
+    calibration_error: float | None = Field(description="ECE in 15 bins of equal mass; null below 300 rows.")
+    mean_delay: float | None = Field(description="From answer to label, seconds.")
+    last_delay: float | None
+    estimates: dict[str, dict[str, float | None]] = Field(
+        description="What was estimated without labels, by signal: value, measured (by the recent labels), and error, "
+        "their absolute difference; null where one of the two is unknown."
+    )
+    sets: dict[str, Any] | None = Field(description="How the prediction sets do: alpha, labels, coverage.")
+    audits: dict[str, int] = Field(description="Rows asked for: issued, answered, expired, pending.")
+    wanted: list[dict[str, Any]] = Field(description="Open ones: request, time, version, rows; the newest first.")
+
+
+class LabelReceipt(BaseModel):
+    """What a posting of labels brought."""
+
+    request: str
+    taken: int = Field(description="Rows labelled just now.")
+    repeated: int = Field(description="Rows that had this label already.")
+    missing: int = Field(description="Rows of the request without a label yet.")
+
+
 class Prediction(BaseModel):
     """Answer of ``POST /v1/streams/{id}/predict``. Lists run over the rows of the request."""
 
     stream: str
+    request: str = Field(description="Its id, for labels.")
     model: str
     policy: str = Field(description="What answered: the stream's policy, or 'source' while adaptation is off.")
     version: int = Field(description="The stream's version that answered.")
-    adapted: bool = Field(description="Whether the adapted model answered.")
+    adapted: bool = Field(description="Whether the stream's policy ran.")
+    served: Literal["adapted", "source", "mixed"] = Field(
+        description="Whose scores these are; mixed: the guard let some rows through only."
+    )
+    guard: dict[str, Any] | None = Field(description="State, evidence and benefit of the stream's guard; null without.")
     shed: bool = Field(description="Whether the server was too busy to adapt to this request.")
     replayed: bool = Field(description="Whether this is the stored answer to a repeated request number.")
     classes: list[int]
@@ -332,6 +452,9 @@ class Prediction(BaseModel):
     margin: list[float] = Field(description="Largest less second largest probability.")
     probabilities: list[list[float]] | None = None
     logits: list[list[float]] | None = None
+    sets: list[list[int]] | None = Field(default=None, description="With miscoverage: per row, the classes in its set.")
+    abstain: list[bool] | None = Field(default=None, description="Rows whose set is not exactly one class.")
+    asked: list[int] | None = Field(default=None, description="Rows whose label the server would like to have.")
     top: list[list[Ranked]] | None = Field(default=None, description="With top_k: per row, the likeliest first.")
     drift: float | None = Field(description="The stream's drift score before this request, see the stream.")
     verdict: Verdict = Field(description="The stream in words before this request.")
@@ -345,7 +468,7 @@ class Prediction(BaseModel):
     lost_steps: int = Field(description="Steps that a crash cost the stream, told once, in the first answer after it.")
 
 
-REQUESTS: tuple[type[BaseModel], ...] = (OpenStream, PatchStream, NewSnapshot, Rollback, Fork)
+REQUESTS: tuple[type[BaseModel], ...] = (OpenStream, PatchStream, NewSnapshot, Rollback, Fork, Operate, Labels)
 """Bodies that routes read by themselves, which the framework therefore does not put into the OpenAPI document."""
 
 
@@ -374,7 +497,42 @@ def stream_info(tenant: Tenant, stream: Stream) -> dict[str, Any]:
         "drift": monitor.drift(stream),
         "verdict": monitor.verdict(stream),
         "agreement": monitor.agreement(stream),
+        "guard": None if stream.guard is None else _guard_info(stream, stream.guard),
     }
+
+
+def _guard_info(stream: Stream, guard: Guard) -> dict[str, Any]:
+    """:class:`GuardInfo` as a dict."""
+    since = guard.since
+    guarantee: dict[str, Any] = {"kind": guard.settings.guarantee.kind}
+    if guard.guarantee is not None:
+        promised = guard.guarantee
+        guarantee |= {"remaining": promised.remaining, "bound": promised.bound, "worst": promised.worst}
+        if isinstance(promised, Audit):
+            guarantee |= {
+                "evidence": promised.evidence, "certified": promised.certified, "interval": promised.interval()
+            }  # fmt: skip
+    return {
+        "enabled": guard.settings.enabled,
+        "state": guard.state if stream.adapt else State.OFF,
+        "pinned": guard.pinned,
+        "evidence": guard.evidence,
+        "benefit": _known(guard.benefit),
+        "since": None
+        if since is None
+        else {
+            "from": since.before,
+            "rule": since.rule,
+            "action": since.action,
+            "statistic": _known(since.statistic),
+            "threshold": _known(since.threshold),
+        },
+        "guarantee": guarantee,
+    }
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def stream_detail(tenant: Tenant, stream: Stream) -> dict[str, Any]:
@@ -383,7 +541,26 @@ def stream_detail(tenant: Tenant, stream: Stream) -> dict[str, Any]:
         name: {**reading._asdict(), "text": SIGNALS[name].text if name in SIGNALS else None}
         for name, reading in tenant.signals(stream).items()
     }
-    return {**stream_info(tenant, stream), "signals": signals, "missing": tenant.missing(stream)}
+    return {
+        **stream_info(tenant, stream),
+        "guard_settings": None if stream.guard is None else stream.guard.settings.model_dump(),
+        "signals": signals,
+        "missing": tenant.missing(stream),
+    }
+
+
+def label_report(tenant: Tenant, stream: Stream) -> dict[str, Any]:
+    """:class:`LabelReport` as a dict."""
+    feedback = tenant.feedback
+    summary, audits = feedback.summary(stream), feedback.audits(stream)
+    nothing = dict.fromkeys(("recent", "total", "calibration_error", "mean_delay", "last_delay"))
+    return {
+        **(nothing if summary is None else asdict(summary)),
+        "estimates": _estimates(tenant.monitor.read(stream), None if summary is None else summary.recent),
+        "sets": feedback.coverage(stream),
+        "audits": {**asdict(audits), "pending": audits.pending},
+        "wanted": [asdict(one) for one in feedback.wanted(stream)],
+    }
 
 
 def snapshot_info(snapshot: Snapshot) -> dict[str, Any]:
@@ -398,18 +575,42 @@ def snapshot_info(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
+def _estimates(signals: dict[str, float], measured: Figures | None) -> dict[str, dict[str, float | None]]:
+    """The estimates of accuracy beside what labels say."""
+    told = {}
+    for name, who in (
+        ("accuracy_atc", "adapted"), ("accuracy_pdd", "adapted"), ("source_accuracy_atc", "source"),
+        ("source_accuracy_pdd", "source"), ("benefit", "benefit"),
+    ):  # fmt: skip
+        if name in signals:
+            known = None if measured is None else getattr(measured, who)
+            truth = None if known is None else known.value
+            error = None if truth is None else abs(signals[name] - truth)
+            told[name] = {"value": signals[name], "measured": truth, "error": error}
+    return told
+
+
 def prediction(
-    stream: Stream, answer: Answer, replayed: bool, labels: tuple[str, ...], output: str, top_k: int | None
+    stream: Stream,
+    request: str,
+    answer: Answer,
+    replayed: bool,
+    labels: tuple[str, ...],
+    output: str,
+    top_k: int | None,
 ) -> dict[str, Any]:
     """:class:`Prediction` as a dict; ``output`` is ``probabilities``, ``logits`` or ``none``."""
     logits = answer.logits.numpy()
     classes = logits.argmax(1)
     content: dict[str, Any] = {
         "stream": stream.id,
+        "request": request,
         "model": stream.model,
         "policy": answer.policy,
         "version": answer.version,
         "adapted": answer.adapted,
+        "served": answer.served,
+        "guard": None if answer.guard is None else answer.guard._asdict(),
         "shed": answer.shed,
         "replayed": replayed,
         "classes": classes,
@@ -426,6 +627,12 @@ def prediction(
         "unsaved_steps": answer.unsaved,
         "lost_steps": answer.lost,
     }
+    note = answer.comparison
+    if note.sets is not None:
+        content["sets"] = [np.flatnonzero(row) for row in note.sets.inside]
+        content["abstain"] = note.sets.abstains
+    if note.asked is not None:
+        content["asked"] = np.flatnonzero(note.asked)
     if output != "none":
         content[output] = softmax(logits) if output == "probabilities" else logits
     if top_k is not None:

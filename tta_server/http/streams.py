@@ -99,7 +99,9 @@ def router(service: Service) -> APIRouter:
         asked = OpenStream.model_validate(await json_of(request, limits))
         tenant = tenant_of(request)
         durability = durability_of(service, tenant, id, asked.durability)
-        stream, created = tenant.open(id, asked.model, asked.policy, asked.settings, asked.adapt, durability)
+        stream, created = tenant.open(
+            id, asked.model, asked.policy, asked.settings, asked.adapt, durability, guard=asked.guard
+        )
         await tenant.settle(stream)
         return json_response(stream_detail(tenant, stream), 201 if created else 200)
 
@@ -132,11 +134,11 @@ def router(service: Service) -> APIRouter:
     @routes.patch("/{id}", response_model=PatchedStream, openapi_extra=json_body(PatchStream))
     @needs(Right.STREAMS)
     async def patch_stream(id: str, request: Request) -> Response:
-        """Switches adaptation on or off, or changes settings, policy or durability, from the next request on."""
+        """Switches adaptation on or off, or changes settings, policy, durability or guard, from the next request on."""
         asked = PatchStream.model_validate(await json_of(request, limits))
         tenant = tenant_of(request)
         durability = durability_of(service, tenant, id, asked.durability)
-        stream, kept = await tenant.update(id, asked.adapt, asked.policy, asked.settings, durability)
+        stream, kept = await tenant.update(id, asked.adapt, asked.policy, asked.settings, durability, asked.guard)
         await tenant.settle(stream)
         return json_response({**stream_detail(tenant, stream), "state_kept": kept})
 
@@ -214,7 +216,7 @@ def router(service: Service) -> APIRouter:
         chosen = output or ("probabilities" if top_k is None else "none")
 
         def encode() -> tuple[bytes, dict[str, str], str]:
-            content = prediction(stream, answer, replayed, model.classes, chosen, top_k)
+            content = prediction(stream, call.origin.request, answer, replayed, model.classes, chosen, top_k)
             return to_json(content), {}, "application/json"
 
         return await respond(request, call, 10 * answer.logits.numel(), encode)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter as Counted
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,14 +32,22 @@ from tta_server.drift.monitor import WATCHED, Monitor
 from tta_server.drift.signals import AGREEMENT, DISTANCE
 from tta_server.metrics.scrape import RATIO, Levels, LevelsCollector, StreamsCollector, WatchedCollector, Watchlist
 from tta_server.metrics.state import StateCollector
+from tta_server.metrics.trust import Budgets, GuardsCollector, LabelsCollector
+from tta_server.trust.guard import Action, State
 from tta_server.types import EVENTS, Call, Event, StepStats, Stream
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 DISTANCES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-RESULTS = ("applied", "rejected_nonfinite", "failed", "shed")
+RESULTS = ("applied", "rejected_nonfinite", "rejected_update", "rejected_distance", "failed", "vetoed", "shed")
 OPERATIONS = ("write", "fetch", "prefetch")
 CAUSES = ("crash", "damage")
+MOVES = (
+    ("canary", "benefit"), ("active", "benefit"), ("shadow", "benefit"), ("canary", "cool-down over"),
+    ("shadow", "collapse"), ("shadow", "periodic"), ("shadow", "rejected steps"), ("shadow", "turned on"),
+    ("frozen", "audit"), ("shadow", "audit"), ("quarantine", "audit"),
+)  # fmt: skip
+"""Of guards by themselves: where to, and by which rule."""
 NORMS = (*(factor * 10.0**power for power in range(-6, 0) for factor in (1, 2, 5)), 1.0)
 
 
@@ -82,11 +90,17 @@ class PrometheusRecorder:
             SECONDS,
         )
         self._batch_rows = histogram("tta_batch_samples", "Samples in one engine step, of all its streams.", [], ROWS)
-        self._predictions = counter("tta_predictions", "Samples answered, by the policy that answered.", ["policy"])
+        self._predictions = counter(
+            "tta_predictions",
+            "Samples answered, by the policy that ran and by whose answer was served: adapted; source; mixed, where a "
+            "request's rows got both.",
+            ["policy", "served_by"],
+        )
         self._steps = counter(
             "tta_adaptation_steps",
-            "Adaptation steps of streams: applied; rejected_nonfinite (state or scores were not finite, nothing kept); "
-            "failed (an error after the answer, nothing kept); shed (under pressure, not taken).",
+            "Adaptation steps of streams: applied; rejected_nonfinite (state or scores were not finite), "
+            "rejected_update and rejected_distance (outside the trust region), failed (an error after the answer), "
+            "vetoed (by the stream's guard): nothing kept; shed (under pressure, not taken).",
             ["policy", "result"],
         )
         self._samples = counter(
@@ -142,11 +156,23 @@ class PrometheusRecorder:
             "Changes that streams had lost to a crash when this process started, and that no answer had told of.",
             registry=self._registry,
         )
+        self._moves = counter(
+            "tta_guard_moves", "Changes of state of the streams' guards: where to, and by which rule.", ["to", "rule"]
+        )
+        self._rollbacks = counter(
+            "tta_adaptation_rollbacks", "Streams that their guard took back to their last good state.", []
+        )
+        self._quarantines = counter(
+            "tta_quarantines", "Streams that get the source's answers until an operator lets them go.", []
+        )
+        self._budgets = Budgets()
         self._errors = counter("tta_monitor_errors", "Engine steps that could not be measured; see the log.", [])
         for collector in (
             LevelsCollector(self._read),
             StateCollector(self._read),
             StreamsCollector(self._read, monitor),
+            GuardsCollector(self._read, self._budgets),
+            LabelsCollector(self._read),
             WatchedCollector(lambda: watchlist.choose(self._read().streams, monitor), monitor),
         ):
             self._registry.register(collector)
@@ -166,9 +192,8 @@ class PrometheusRecorder:
             self._errors.labels(model).inc()
         if not stats.jobs:
             return
-        rows = sum(job.rows for job in stats.jobs)
-        self._batch_rows.labels(model).observe(rows)
-        self._predictions.labels(model, policy).inc(rows)
+        self._batch_rows.labels(model).observe(sum(job.rows for job in stats.jobs))
+        self._budgets.note(job.stream for job in stats.jobs)
         self._confidence.observe(model, np.concatenate([job.confidence.numpy() for job in stats.jobs]))
         entropy = np.concatenate([job.entropy.numpy() for job in stats.jobs])
         self._entropy.observe(model, entropy / math.log(max(stats.classes, 2)))
@@ -187,6 +212,7 @@ class PrometheusRecorder:
                 self._steps.labels(model, policy, result).inc(results[result])
         for job in stats.jobs:
             self._queue_seconds.labels(model).observe(job.queue_seconds)
+            self._predictions.labels(model, policy, job.served).inc(job.rows)
             if "selected" in job.signals:
                 selected = round(job.signals["selected"] * job.rows)
                 self._samples.labels(model, policy, "selected").inc(selected)
@@ -207,12 +233,21 @@ class PrometheusRecorder:
         self._events.labels(event.stream.model, event.kind).inc()
         if event.kind in ("departure", "change"):
             self._detections.labels(event.stream.model, event.fields["signal"], event.kind).inc()
+        elif event.kind == "guard":
+            self._guard(event.stream.model, event.fields)
         elif event.kind == "lost":
             self._lost.labels(event.stream.model, "crash").inc(event.fields["steps"])
             self._lost_before.inc(event.fields["steps"])
         elif event.kind == "damaged" and "went_back_to" in event.fields:
             steps = event.fields["version"] - event.fields["went_back_to"]
             self._lost.labels(event.stream.model, "damage").inc(max(1, steps))
+
+    def _guard(self, model: str, move: Mapping[str, Any]) -> None:
+        self._moves.labels(model, move["to"], move["rule"]).inc()
+        if move["action"] == Action.ROLLBACK:
+            self._rollbacks.labels(model).inc()
+        if move["to"] == State.QUARANTINE:
+            self._quarantines.labels(model).inc()
 
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -234,6 +269,10 @@ class PrometheusRecorder:
             self._detections.labels(model, signal, kind)
         for cause in CAUSES:
             self._lost.labels(model, cause)
+        for to, rule in MOVES:
+            self._moves.labels(model, to, rule)
+        self._rollbacks.labels(model)
+        self._quarantines.labels(model)
 
     def render_streams(self, streams: list[Stream]) -> bytes:
         """The families of single streams, of these, for a scrape of their own."""

@@ -25,7 +25,8 @@ from prometheus_client.registry import Collector
 
 from tta_server import __version__
 from tta_server.drift.monitor import Monitor, Verdict
-from tta_server.drift.signals import AGREEMENT, DRIFT, Floats
+from tta_server.drift.signals import AGREEMENT, BENEFIT, DRIFT, Floats
+from tta_server.feedback import Feedback
 from tta_server.state.keeper import Keeping
 from tta_server.state.memory import Budget
 from tta_server.types import Stream
@@ -33,6 +34,8 @@ from tta_server.types import Stream
 RATIO = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 ZSCORE = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0, 50.0)
 DIVERGENCE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+GAIN = (-0.5, -0.2, -0.1, -0.04, -0.02, 0.0, 0.02, 0.04, 0.1, 0.2, 0.3, 0.5)
+GAP = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 LENGTH = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 MOST_WATCHED = 200
 """Streams with series of their own, whatever the config says."""
@@ -44,6 +47,7 @@ OF_A_STREAM: tuple[tuple[str, str, bool, str], ...] = (
     ("agreement_ratio", AGREEMENT, False, "A watched stream's share of the source's classes, moving average."),
     ("label_divergence_ratio", "label_divergence", False, "Divergence of a watched stream's served classes."),
     ("parameter_distance_ratio", "parameter_distance", False, "How far a watched stream's weights are off."),
+    ("benefit_ratio", BENEFIT, False, "Accuracy that a watched stream's adaptation is estimated to gain."),
 )  # fmt: skip
 
 
@@ -67,6 +71,8 @@ class Levels:
     """By model, whether the monitor has clean data to compare with."""
     budget: Budget
     """Of the states in memory."""
+    feedbacks: Sequence[Feedback] = ()
+    """What labels said, of every tenant."""
 
 
 class LevelsCollector(Collector):
@@ -146,7 +152,7 @@ class StreamsCollector(Collector):
         def spread(name: str, text: str, signal: str, scored: bool, bounds: Sequence[float]) -> Metric:
             family = HistogramMetricFamily(name, text + "; streams now, so not to be rated.", labels=["model_name"])
             for model, survey in surveys.items():
-                family.add_metric([model], *_buckets(survey.values(signal, scored), bounds))
+                family.add_metric([model], *buckets(survey.values(signal, scored), bounds))
             return family
 
         yield spread("tta_streams_drift_zscore", "Drift scores of the streams", DRIFT, True, ZSCORE)
@@ -157,8 +163,20 @@ class StreamsCollector(Collector):
         )
         for model, survey in surveys.items():
             for third in ("early", "middle", "late"):
-                thirds.add_metric([model, third], *_buckets(survey.values(f"bn_distance_{third}", True), ZSCORE))
+                thirds.add_metric([model, third], *buckets(survey.values(f"bn_distance_{third}", True), ZSCORE))
         yield thirds
+        accuracy = HistogramMetricFamily(
+            "tta_streams_estimated_accuracy_ratio",
+            "Moving averages of the streams' accuracies as estimated without labels, of the adapted model and of the "
+            "source, by ATC and by PDD; streams now, so not to be rated.",
+            labels=["model_name", "predictor", "estimator"],
+        )
+        for model, survey in surveys.items():
+            for estimator in ("atc", "pdd"):
+                for predictor, prefix in (("adapted", ""), ("source", "source_")):
+                    values = survey.values(f"{prefix}accuracy_{estimator}")
+                    accuracy.add_metric([model, predictor, estimator], *buckets(values, RATIO))
+        yield accuracy
         for name, text, signal, bounds in (
             (
                 "label_divergence",
@@ -174,6 +192,13 @@ class StreamsCollector(Collector):
                 "Norm of all change of the weights since the source over the source's",
                 "parameter_distance",
                 LENGTH,
+            ),
+            ("benefit", "Accuracy that the streams' adaptation is estimated to gain, as last estimated", BENEFIT, GAIN),
+            (
+                "estimator_disagreement",
+                "How far the two estimates of the adapted model's accuracy are apart",
+                "estimator_disagreement",
+                GAP,
             ),
         ):
             yield spread(f"tta_streams_{name}_ratio", text, signal, False, bounds)
@@ -206,10 +231,14 @@ class WatchedCollector(Collector):
         version = GaugeMetricFamily(
             "tta_stream_version", "A watched stream's version: adaptation steps since the source.", labels=self.LABELS
         )
+        adapted = GaugeMetricFamily(
+            "tta_stream_serves_adapted", "1 while a watched stream may be served as adapted.", labels=self.LABELS
+        )
         for labels, stream, verdict in zip(names, streams, survey.verdicts(), strict=True):
             drifted.add_metric(labels, verdict == Verdict.DRIFTED)
             version.add_metric(labels, stream.version)
-        yield from (drifted, version)
+            adapted.add_metric(labels, stream.adapt and (stream.guarded is None or stream.guarded.serves))
+        yield from (drifted, version, adapted)
         yield GaugeMetricFamily(
             "tta_metrics_watched_streams", "Streams that have series of their own here.", value=len(streams)
         )
@@ -248,7 +277,7 @@ def matcher(patterns: Sequence[str]) -> Callable[[Stream], bool]:
     return lambda stream: pattern.match(stream.id) is not None
 
 
-def _buckets(values: Floats, bounds: Sequence[float]) -> tuple[list[tuple[str, float]], float]:
+def buckets(values: Floats, bounds: Sequence[float]) -> tuple[list[tuple[str, float]], float]:
     """Cumulative counts of the values that are not NaN, and their sum."""
     values = np.sort(values[np.isfinite(values)])
     counts = [*np.searchsorted(values, bounds, side="right").tolist(), len(values)]

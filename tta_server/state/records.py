@@ -67,6 +67,9 @@ class Record:
     failures: int
     last_number: int | None
     state_bytes: int
+    guard: dict[str, Any] | None = None
+    """Its guard's ``settings``, and ``state`` as :meth:`Guard.dump` has it. Records from before there were guards have
+    none."""
 
     @staticmethod
     def of(stream: Stream, policy: Policy, digest: str) -> Record:
@@ -90,6 +93,9 @@ class Record:
             failures=stream.failures,
             last_number=stream.last_number,
             state_bytes=stream.state_bytes,
+            guard=None
+            if stream.guard is None
+            else {"settings": stream.guard.settings.model_dump(), "state": stream.guard.dump()},
         )
 
     def stream(self, policy: Policy) -> Stream:

@@ -52,13 +52,19 @@ class Lease:
 
 @dataclass(frozen=True)
 class Commit:
-    """What became of a step's states. ``kept``: whose were; ``update`` and ``distance``, NaN for the others and for
-    states without weights: the norms of a step's change of the weights, and of all change since the initial state, over
-    that of the initial ones."""
+    """What became of a step's states. ``results``: ``applied``, or ``rejected_nonfinite``, ``rejected_update``,
+    ``rejected_distance``; ``update`` and ``distance``, NaN for what was not kept and for states without weights: the
+    norms of a step's change of the weights, and of all change since the initial state, over that of the initial ones.
+    """
 
-    kept: list[bool]
+    results: list[str]
     update: list[float]
     distance: list[float]
+
+    @property
+    def kept(self) -> list[bool]:
+        """Whose were kept."""
+        return [result == "applied" for result in self.results]
 
 
 class _LaneStates:
@@ -163,6 +169,10 @@ class StateStore:
             raise
         return Lease(lane, list(streams), slots, packed), state
 
+    def state_of(self, lease: Lease) -> State:
+        """A copy of the leased states, ``[S, ...]``, again."""
+        return self._lanes[lease.lane].layout.unpack(lease.packed)
+
     def part(self, lease: Lease, index: int) -> tuple[Lease, State]:
         """One stream's part of a lease, and a copy of its state, ``S = 1``. Ends with the whole lease."""
         slots = lease.slots[index : index + 1]
@@ -170,8 +180,11 @@ class StateStore:
         packed = states.pool.gather(slots)
         return Lease(lease.lane, lease.streams[index : index + 1], slots, packed), states.layout.unpack(packed)
 
-    def commit(self, lease: Lease, new: State, allowed: Sequence[bool]) -> Commit:
-        """Keeps the new states ``[S, ...]`` that are ``allowed`` and finite throughout, each as the next version.
+    def commit(
+        self, lease: Lease, new: State, allowed: Sequence[bool], regions: Sequence[tuple[float, float]] | None = None
+    ) -> Commit:
+        """Keeps the new states ``[S, ...]`` that are ``allowed``, finite throughout and within the ``regions`` (the
+        longest step and distance, as in :class:`Commit`), each as the next version.
 
         The others stay as they were, bit for bit. Raises ``ValueError`` for a state of another
         layout, with nothing changed.
@@ -182,16 +195,22 @@ class StateStore:
         for rows in packed.values():
             if rows.dtype.is_floating_point:
                 sound &= rows.isfinite().all(1)
-        kept: list[bool] = sound.tolist()
-        accepted = [index for index, keep in enumerate(kept) if keep]
-        nothing = [math.nan] * len(kept)
-        update, distance = nothing, nothing
+        results = ["applied" if keep else "rejected_nonfinite" for keep in sound.tolist()]
+        update, distance = ([math.nan] * len(results) for _ in range(2))
         if states.has_weights:
             size = _norm(states, {dtype: rows.unsqueeze(0) for dtype, rows in states.initial.items()}, None)
-            update, distance = (
-                [value if keep else math.nan for value, keep in zip((norm / size).tolist(), kept, strict=True)]
+            steps, reached = (
+                (norm / size).tolist()
                 for norm in (_norm(states, packed, lease.packed), _norm(states, packed, states.initial))
             )
+            for index, (longest, farthest) in enumerate(regions or [(math.inf, math.inf)] * len(results)):
+                if results[index] == "applied" and steps[index] > longest:
+                    results[index] = "rejected_update"
+                elif results[index] == "applied" and reached[index] > farthest:
+                    results[index] = "rejected_distance"
+                if results[index] == "applied":
+                    update[index], distance[index] = steps[index], reached[index]
+        accepted = [index for index, result in enumerate(results) if result == "applied"]
         # Nothing that may fail comes after this.
         if accepted:
             states.pool.scatter(lease.slots, packed, accepted)
@@ -200,7 +219,7 @@ class StateStore:
                 stream.version += 1
                 self._state_changed(stream)
             states.fresh.difference_update(lease.streams[index] for index in accepted)
-        return Commit(kept, update, distance)
+        return Commit(results, update, distance)
 
     def release(self, lease: Lease) -> None:
         """Ends a lease."""

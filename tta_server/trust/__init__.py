@@ -1,0 +1,1 @@
+"""Whether an adapted answer may be served: guard, guarantees, labels, abstention."""
