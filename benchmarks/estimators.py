@@ -37,6 +37,7 @@ from rich.table import Table
 
 from adapters.base import Segments
 from tta_server.data import CLEAN, SOURCE_TRAIN, Domain, arrange, gather, load_domains, to_inputs
+from tta_server.drift.estimators import Estimates, Head, make_estimates
 from tta_server.drift.signals import Floats, Requests, Scores
 from tta_server.engine.engine import initial_state
 from tta_server.engine.norm import Pass
@@ -44,7 +45,6 @@ from tta_server.engine.run import PolicyRun
 from tta_server.engine.source import SourceModel, load_model
 from tta_server.policies import make_policy, starting_settings
 from tta_server.settings import load_settings
-from tta_server.drift.estimators import Estimates, Head, make_estimates
 from tta_server.types import Job, Lane, Stream
 
 SIZE = 64

@@ -168,7 +168,7 @@ def run(model: SourceModel, policy: Policy, scenario: Scenario, guard: GuardSett
                     raise answer
                 answers.append(answer)
 
-            stats = engine.step(Plan(lane, [Job(stream, take, lane, request.x)]), take)
+            stats = engine.step(Plan(lane, [Job(stream, lambda *_: None, lane, request.x)]), take)
             moves += [_told(event) for event in stats.events if event.kind == "guard"]
             counts = request.labels >= 0
             guess = answers[0].logits.numpy().argmax(1)

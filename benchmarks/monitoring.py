@@ -1,12 +1,14 @@
-"""What monitoring costs: throughput with all signals on over that with none, and a scrape with 10,000 streams.
+"""What monitoring and guards cost: throughput with them over that without, and a scrape with 10,000 streams.
 
     python benchmarks/monitoring.py [--rounds 12] [--out monitoring.json]
 
 ResNet-20 for CIFAR with random weights (speed does not depend on them), random images and a monitoring bundle made of
 such, through the engine, with the server's default sampling and limits: the part of a request's way that monitoring is
-on, without HTTP, which would only dilute it. Both variants take turns within each round; the ratios are medians of the
-rounds' ratios. A round sends whole sampling periods: 20 requests of each stream where the source answers or the step is
-small, else 4.
+on, without HTTP, which would only dilute it. The variants: nothing; all signals, as by default but for the estimates of
+accuracy and the guards; with both of these, the guards of active streams, which is how most streams are most of the
+time; the same with canaries, whose every row is compared with the source before the answer. They take turns within
+each round; the ratios are medians of the rounds' ratios. A round sends whole sampling periods: 20 requests of each
+stream where the source answers or the step is small, else 4.
 
 The scrape: 100 and then 10,000 streams of one model, all measured; how long ``/metrics`` takes to render (median of 9),
 its bytes and its series.
@@ -20,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import example
@@ -35,16 +38,19 @@ from adapters import Policy
 from adapters.norm import NormPolicy
 from adapters.source import SourcePolicy
 from adapters.tent import Tent
+from tta_server.drift.benefit import FIGURES, Judge
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine
+from tta_server.engine.guarding import make_guard
 from tta_server.engine.source import SourceModel, load_model
 from tta_server.metrics.prometheus import PrometheusRecorder
 from tta_server.metrics.scrape import Levels, Watchlist
 from tta_server.prepare import PrepareOptions, prepare
-from tta_server.settings import MonitorSettings, load_settings
+from tta_server.settings import GuardSettings, MonitorSettings, load_settings
 from tta_server.state.keeper import Keeping, Tally
 from tta_server.state.memory import Budget
 from tta_server.state.store import StateStore
+from tta_server.trust.guard import State
 from tta_server.types import Lane, Saved, Stream
 
 CASES = ((1, 1), (1, 64), (1, 200), (64, 1), (8, 16))
@@ -57,12 +63,18 @@ def watched_model(device: torch.device) -> SourceModel:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config, data = example.write_config(folder), folder / "images.npz"
-        np.savez(data, images=np.random.default_rng(0).integers(0, 256, (600, 32, 32, 3), np.uint8))
-        prepare(PrepareOptions(config, data, only=("monitoring",)), Console(stderr=True))
-        return load_model("resnet20", load_settings(config), device)
+        generator = np.random.default_rng(0)
+        images, labels = generator.integers(0, 256, (600, 32, 32, 3), np.uint8), generator.integers(0, 10, 600)
+        np.savez(data, images=images, labels=labels)
+        prepare(PrepareOptions(config, data, only=("monitoring", "estimates")), Console(stderr=True))
+        judge = Judge(np.full(len(FIGURES), 0.1), 0.0, 0.1)  # what it says is of no matter to its cost
+        return replace(load_model("resnet20", load_settings(config), device), judge=judge)
 
 
-def variant(model: SourceModel, policy: Policy, streams: int, enabled: bool) -> Callable[[list[Tensor]], None]:
+VARIANTS = ("off", "monitored", "active", "canary")
+
+
+def variant(model: SourceModel, policy: Policy, streams: int, name: str) -> Callable[[list[Tensor]], None]:
     """Runs one request of each stream through scheduler, engine and recorder."""
     watching = MonitorSettings()
     monitor = Monitor(watching.half_life)
@@ -72,32 +84,40 @@ def variant(model: SourceModel, policy: Policy, streams: int, enabled: bool) -> 
         monitor,
         watching.shadow_ratio,
         watching.frozen_ratio,
-        enabled,
+        name != "off",
+        watching.estimate_every if name in ("active", "canary") else 0,
     )
     lane = Lane(model.name, policy, model.digest)
     clients = [Stream(str(index), model.name, policy, index, 0.0, model.digest) for index in range(streams)]
-
+    if name in ("active", "canary") and not policy.plain:
+        for client in clients:
+            client.guard = make_guard(GuardSettings())
+            client.guard.put(State(name))
     return example.through_scheduler(engine, lane, clients)
 
 
-def cost(model: SourceModel, policy: Policy, streams: int, rows: int, rounds: int) -> tuple[float, float, float]:
-    """Requests per second without and with monitoring, and the median ratio of the two."""
+def cost(model: SourceModel, policy: Policy, streams: int, rows: int, rounds: int) -> dict[str, float]:
+    """Requests per second with nothing, and the median ratios of the throughputs: monitored over that, and guarded over
+    monitored."""
     batches = [torch.rand(rows, 3, 32, 32) for _ in range(streams)]
-    variants = {enabled: variant(model, policy, streams, enabled) for enabled in (False, True)}
+    variants = {name: variant(model, policy, streams, name) for name in VARIANTS}
     repeats = 20 if streams * rows <= 32 or policy.plain else 4
-    times: list[dict[bool, float]] = []
+    times: list[dict[str, float]] = []
     for run in variants.values():
         run(batches)
     for turn in range(rounds):
         taken = {}
-        for enabled in (False, True) if turn % 2 else (True, False):
+        for name in VARIANTS if turn % 2 else VARIANTS[::-1]:
             started = time.perf_counter()
             for _ in range(repeats):
-                variants[enabled](batches)
-            taken[enabled] = (time.perf_counter() - started) / (repeats * streams)
+                variants[name](batches)
+            taken[name] = (time.perf_counter() - started) / (repeats * streams)
         times.append(taken)
-    off, on = (1 / statistics.median(one[enabled] for one in times) for enabled in (False, True))
-    return off, on, statistics.median(one[False] / one[True] for one in times)
+    ratios = (("off", "monitored"), ("monitored", "active"), ("monitored", "canary"))
+    return {
+        "off": 1 / statistics.median(one["off"] for one in times),
+        **{slow: statistics.median(one[fast] / one[slow] for one in times) for fast, slow in ratios},
+    }
 
 
 def scrapes(model: SourceModel) -> list[dict[str, float]]:
@@ -143,17 +163,19 @@ def main() -> None:
     options = parser.parse_args()
     model = watched_model(torch.device("cpu"))
     table = Table(title=f"Monitoring, ResNet-20, {torch.get_num_threads()} threads, {options.rounds} rounds")
-    for column in ("policy", "streams", "rows", "requests/s without", "with", "with / without"):
+    for column in (
+        "policy", "streams", "rows", "requests/s without", "monitored / without", "active / monitored",
+        "canary / monitored",
+    ):  # fmt: skip
         table.add_column(column, justify="left" if column == "policy" else "right")
     results: dict[str, object] = {}
     rows_of = []
     for policy in POLICIES:
         for streams, rows in track(CASES, f"measuring {policy.name}", console=Console(stderr=True)):
-            off, on, ratio = cost(model, policy, streams, rows, options.rounds)
-            table.add_row(policy.name, str(streams), str(rows), f"{off:.1f}", f"{on:.1f}", f"{ratio:.3f}")
-            rows_of.append(
-                {"policy": policy.name, "streams": streams, "rows": rows, "off": off, "on": on, "ratio": ratio}
-            )
+            found = cost(model, policy, streams, rows, options.rounds)
+            ratios = [f"{found[name]:.3f}" for name in VARIANTS[1:]]
+            table.add_row(policy.name, str(streams), str(rows), f"{found['off']:.1f}", *ratios)
+            rows_of.append({"policy": policy.name, "streams": streams, "rows": rows, **found})
     results["throughput"] = rows_of
     results["scrape"] = scraping = scrapes(model)
     Console().print(table)

@@ -173,7 +173,7 @@ SORTED, SMALL = "clean sorted", "clean small"
         ({DRIFTED: (0.2, 0.15)}, "helps", ["20.0 points alone", "15.0 under the guard"]),
         ({DRIFTED: (0.2, 0.0)}, "helps", ["20.0 points alone", "0.0 under the guard"]),
         ({DRIFTED: (0.2, 0.15), SORTED: (-0.4, 0.0)}, "guard-needed", [f"{SORTED} by 40.0 points", "by 15.0 points"]),
-        ({DRIFTED: (0.2, 0.05), SORTED: (-0.4, 0.0)}, "harms", [f"{SORTED} by 40.0 points", "leaves no gain"]),
+        ({DRIFTED: (0.2, 0.05), SORTED: (-0.4, 0.0)}, "harms", [f"{SORTED} by 40.0 points", "Under the guard neither"]),
         ({DRIFTED: (0.2, 0.15), SORTED: (-0.4, -0.1)}, "harms", ["Under the guard, too", f"{SORTED} by 10.0 points"]),
         ({DRIFTED: (0.0, 0.0), SORTED: (-0.1, 0.0)}, "harms", ["Alone worse"]),
         ({DRIFTED: (-0.3, -0.2), SORTED: (-0.4, -0.3), SMALL: (-0.4, -0.4)}, "harms", [
@@ -366,7 +366,7 @@ def test_a_folder_that_cannot_be_written(config: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(ConfigError, match=r"cannot write the report card to .*No space left"):
-        card.save(config.with_name("made.report.json"))
+        card.model_copy(update={"policies": {}}).save(config.with_name("made.report.json"))
     assert config.with_name("made.report.json").read_bytes() == before
     assert not list(config.parent.glob("*.tmp"))
 

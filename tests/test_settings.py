@@ -79,6 +79,7 @@ def test_every_value_can_be_set(tmp_path: Path) -> None:
         "streams": {"unknown_id": "refuse", "default": "shared"},
         "guard": {
             **dict.fromkeys(GuardSettings.model_fields, 0.5),
+            "outliers": 1.5,
             **dict.fromkeys(
                 ("shadow_rows", "canary_rows", "cooldown_rows", "rejected_steps", "updates_per_minute", "reset_rows"), 7
             ),

@@ -157,7 +157,7 @@ def prepare(
     ] = 384,
     reported: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[POLICY]...", help="With --report: which; default: all that run on the model."),
+        typer.Argument(metavar="POLICY", help="With --report: which; default: all that run on the model."),
     ] = None,
 ) -> None:
     """Computes what some policies need to know of the source data, once, and stores it beside the weights."""

@@ -48,6 +48,8 @@ class Damage(NamedTuple):
         return damaged * (high - low) + low
 
 
+COMMON = 2.0
+"""So many times as much a request of all classes counts: half of all, then."""
 DAMAGES = [Damage(CLEAN, 0.0)] * 2 + [Damage(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
 REQUESTS = len(DAMAGES) * sum(MIXTURES.values()) * sum(SIZES.values())
 
@@ -84,7 +86,7 @@ def judge(model: SourceModel, x: Tensor, labels: Rows, seed: int) -> Iterator[Ju
     """Fits the judge to requests drawn from ``x [N, ...]`` with their ``labels``: ``None`` after each but the last of
     :data:`REQUESTS`, then it."""
     numpy, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    seen, gained, sizes = [], [], []
+    seen, gained, weights = [], [], []
     for damage in DAMAGES:
         for mixture, repeats in MIXTURES.items():
             for size, draws in SIZES.items():
@@ -94,9 +96,9 @@ def judge(model: SourceModel, x: Tensor, labels: Rows, seed: int) -> Iterator[Ju
                     if np.isfinite(found).all():
                         seen.append(found)
                         gained.append(gain)
-                        sizes.append(float(size))
+                        weights.append(size * (COMMON if mixture == "all" else 1.0))
                     yield None
-    yield fit(np.array(seen), np.array(gained), np.array(sizes))
+    yield fit(np.array(seen), np.array(gained), np.array(weights))
 
 
 def _look(model: SourceModel, x: Tensor, labels: Rows) -> tuple[Floats, float]:

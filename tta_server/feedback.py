@@ -29,6 +29,8 @@ from tta_server.trust.labels import (
 )
 from tta_server.types import Answer, Comparison, Event, Stream
 
+LEAST_LABELS = 30
+"""Labelled rows before a guard goes by them."""
 CALIBRATION = "calibration"
 """Artefacts that prediction sets are made with."""
 
@@ -39,6 +41,8 @@ class _Token:
 
     stream: Stream
     comparison: Comparison
+    resets: int
+    """Of the stream's guard, before the answer."""
 
     @property
     def nbytes(self) -> int:
@@ -50,6 +54,9 @@ class _Measured:
     """What labels say of a stream so far."""
 
     accuracy: Accuracy = field(default_factory=Accuracy)
+    since: Accuracy = field(default_factory=Accuracy)
+    """The same since the guard's last reset, of which there were so many."""
+    resets: int = 0
     adaptive: Adaptive | None = None
 
 
@@ -89,7 +96,7 @@ class Feedback:
                 confidence=answer.confidence.numpy(),
                 asked=np.zeros(rows, np.bool_) if note.asked is None else note.asked,
                 probabilities=scores.probabilities,
-                token=_Token(stream, note),
+                token=_Token(stream, note, 0 if stream.guard is None else stream.guard.resets),
             ),
         )
 
@@ -142,10 +149,27 @@ class Feedback:
             return done
         measured = self._measured.setdefault(stream.id, _Measured())
         measured.accuracy.update(done)
+        self._tell_guard(stream, measured, done)
         if note.sets is not None and measured.adaptive is not None:
             measured.adaptive.learn(note.sets.inside[done.rows], done.labels)
         self.tallies.setdefault(stream.model, LabelTally()).add(done)
         return done
+
+    @staticmethod
+    def _tell_guard(stream: Stream, measured: _Measured, done: Labelled) -> None:
+        guard = stream.guarded
+        if guard is None:
+            return
+        if measured.resets != guard.resets:
+            measured.since, measured.resets = Accuracy(), guard.resets
+        token = done.prediction.token
+        assert isinstance(token, _Token)
+        if token.resets != guard.resets:
+            return  # of a model that is no more
+        measured.since.update(done)
+        benefit = measured.since.summary().recent.benefit
+        if benefit is not None and benefit.rows >= LEAST_LABELS:
+            guard.measured = benefit.low, benefit.high
 
     def summary(self, stream: Stream) -> Summary | None:
         """What labels said of a stream; ``None`` before there were any."""

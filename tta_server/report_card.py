@@ -340,7 +340,10 @@ def verdict_of(scenarios: Mapping[str, Scenario]) -> tuple[Verdict, str]:
         return "harms", f"Under the guard, too, worse than the source: {worse}."
     worse = _worse(alone)
     if worse and guarded_drifted.difference != "better":
-        return "harms", f"Alone worse than the source: {worse}. The guard prevents that, and leaves no gain."
+        return "harms", (
+            f"Alone worse than the source: {worse}. Under the guard neither that nor better on corrupted images, "
+            "beyond chance."
+        )
     if worse:
         return "guard-needed", (
             f"Alone worse than the source: {worse}. Under the guard nowhere worse beyond chance, and better on "

@@ -167,6 +167,8 @@ class Answer:
     is not stored."""
     lost: int = 0
     """Changes that the stream lost, told for the first time."""
+    request: str = ""
+    """Id of the request that it was first given to."""
     served: str = "adapted"
     """Whose scores these are: ``adapted``, ``source``, or ``mixed`` where the guard let some rows through only."""
     guard: Standing | None = None

@@ -207,7 +207,6 @@ def test_older_rows_lose_weight_with_each_row() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.xfail(strict=True, reason="fault: scores that are not finite stay in a stream's sums for good")
 def test_scores_that_were_not_finite_are_forgotten(bad: float) -> None:
     evidence = Evidence(CLASSES)
     broken = Request(8, 1)

@@ -24,7 +24,7 @@ from tta_server.drift.reference import Reference
 from tta_server.drift.signals import ClassFeatures
 from tta_server.engine.engine import Engine
 from tta_server.engine.source import SourceModel, load_model
-from tta_server.engine.watch import SOURCE_PATH
+from tta_server.engine.watch import ESTIMATED, SOURCE_PATH
 from tta_server.settings import load_settings
 from tta_server.state.memory import Budget
 from tta_server.state.store import StateStore
@@ -34,6 +34,7 @@ BATCH_NORM = {name for name in SOURCE_PATH if name.startswith("bn_distance")}
 SERVED = {"confidence", "entropy", "margin", "diversity"}
 BOTH = {"agreement", "skew_damage"}
 SHARES = {"label_divergence", "label_psi"}
+ADAPTED = {"accuracy_atc", "accuracy_pdd", "estimator_disagreement"}
 
 
 def make_engine(model: SourceModel, shadow: float = 1.0, frozen: float = 1.0, monitored: bool = True) -> Engine:
@@ -70,7 +71,7 @@ def clean() -> Tensor:
 def test_an_adapting_stream_is_measured_on_both_paths(digits: SourceModel, clean: Tensor) -> None:
     engine, stream = make_engine(digits), make_stream(digits, Tent())
     stats = step(engine, Tent(), [(stream, clean[:32])])
-    ours = SOURCE_PATH | SERVED | BOTH | {"update_norm", "parameter_distance"}
+    ours = SOURCE_PATH | SERVED | BOTH | {"update_norm", "parameter_distance"} | ESTIMATED | ADAPTED
     assert stats.jobs[0].signals.keys() == ours | {"loss"}
     readings = engine.monitor.readings(stream)
     assert readings.keys() == ours | SHARES | {"loss"}
@@ -126,7 +127,8 @@ def test_a_stream_is_measured_alike_in_company(digits: SourceModel, clean: Tenso
 def test_an_answer_of_the_source_does_not_speak_for_a_stream_that_adapts(digits: SourceModel, clean: Tensor) -> None:
     """Asked with ``adapt=false``, only the source path counts; switched off, what it is served is the source's."""
     engine = make_engine(digits)
-    for adapt, expected in ((True, SOURCE_PATH), (False, SOURCE_PATH | SERVED | BOTH | SHARES)):
+    path = SOURCE_PATH | ESTIMATED
+    for adapt, expected in ((True, path), (False, path | SERVED | BOTH | SHARES)):
         stream = make_stream(digits, Tent(), str(adapt), adapt)
         step(engine, SourcePolicy(), [(stream, clean[:16])])
         assert engine.monitor.read(stream).keys() == expected

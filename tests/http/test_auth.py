@@ -60,6 +60,9 @@ ROUTES: dict[tuple[str, str], str] = {
     ("PATCH", "/v1/streams/{id}"): STREAMS,
     ("POST", "/v1/streams/{id}/reset"): STREAMS,
     ("POST", "/v1/streams/{id}/predict"): PREDICTS,
+    ("POST", "/v1/streams/{id}/labels"): PREDICTS,
+    ("GET", "/v1/streams/{id}/labels"): STREAMS,
+    ("POST", "/v1/streams/{id}/guard"): STREAMS,
     ("GET", "/v1/streams/{id}/snapshots"): STREAMS,
     ("POST", "/v1/streams/{id}/snapshots"): STREAMS,
     ("POST", "/v1/streams/{id}/rollback"): STREAMS,
@@ -107,11 +110,15 @@ BODIES: dict[tuple[str, str], Any] = {
     ("PUT", "/v1/streams/{id}"): {"adapt": False},
     ("PATCH", "/v1/streams/{id}"): {"adapt": False},
     ("POST", "/v1/streams/{id}/predict"): {"inputs": rows(1).tolist()},
+    ("POST", "/v1/streams/{id}/labels"): {"request": MODEL, "labels": [0]},
+    ("POST", "/v1/streams/{id}/guard"): {"state": "auto"},
     ("POST", "/v1/streams/{id}/snapshots"): {"name": "another"},
     ("POST", "/v1/streams/{id}/rollback"): {"snapshot": MODEL},
     ("POST", "/v1/streams/{id}/fork"): {"id": "copy"},
 }
 """Sound bodies of the routes that name a stream in their path."""
+REQUEST = {"x-request-id": MODEL}
+"""Of a request that can be labelled."""
 UPLOAD = ("PUT", "/v1/streams/{id}/state")
 """Takes a file, which only the server can make."""
 
@@ -150,10 +157,11 @@ async def call(server: Server, method: str, path: str, id: str = "s", **argument
 
 
 async def restored(server: Server) -> None:
-    """There is a stream, its snapshot, and the model is loaded, whatever happened before."""
+    """There is a guarded stream, a request of it, its snapshot, and the model is loaded, whatever happened before."""
     if MODEL not in server.service.models.loaded():
         await server.client.post(f"/v2/repository/models/{MODEL}/load")
-    await server.client.put("/v1/streams/s")
+    await server.client.put("/v1/streams/s", json={"guard": {"enabled": True}})
+    await server.client.post(PREDICT, json=BODIES["POST", PREDICT.replace("/s/", "/{id}/")], headers=REQUEST)
     await server.client.post("/v1/streams/s/snapshots", json={"name": MODEL})
 
 
@@ -242,7 +250,7 @@ async def test_another_tenants_stream_is_as_one_that_never_was(server: Server) -
     a, b = server.known_by(token("a")), server.known_by(token("b"))
     await a.adapt("theirs")
     with_ids = [(method, path) for method, path in ROUTES if "{id}" in path and method != "PUT"]
-    assert len(with_ids) == 11
+    assert len(with_ids) == 14
     for method, path in with_ids:
         async with untouched(a, "theirs", tenant="a"):
             real = await call(b, method, path, id="theirs")

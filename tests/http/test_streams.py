@@ -33,7 +33,7 @@ async def test_a_stream_from_its_creation_to_its_end(server: Server) -> None:
     assert {"loss", "entropy", "confidence", "bn_distance", "agreement"} <= seen["signals"].keys()
     assert seen["signals"]["bn_distance"]["value"] > 0
     assert (seen["drift"], seen["verdict"]) == (None, "unknown"), "there are no clean data to compare with"
-    assert seen["missing"].keys() == {"feature_distance", "label_divergence", "label_psi", "z"}
+    assert seen["missing"].keys() == {"feature_distance", "label_divergence", "label_psi", "z", "accuracy"}
 
     off = await server.json("PATCH", "/v1/streams/cam-1", json={"adapt": False})
     assert off == seen | {"adapt": False, "state_kept": True}
@@ -51,7 +51,7 @@ async def test_streams_are_listed_as_they_came(server: Server) -> None:
     listed = await server.json("GET", "/v1/streams")
     assert listed["next"] is None
     for one, whole in zip(listed["streams"], made, strict=True):
-        assert one == {key: value for key, value in whole.items() if key not in ("signals", "missing")}
+        assert one == {key: value for key, value in whole.items() if key not in ("signals", "missing", "guard_settings")}
 
 
 async def test_a_stream_takes_what_it_is_asked_for(server: Server) -> None:
@@ -219,7 +219,7 @@ async def test_adaptation_is_switched_off_and_on(server: Server) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
-        ({}, 400, "give at least one of adapt, policy, settings and durability"),
+        ({}, 400, "give at least one of adapt, policy, settings, durability and guard"),
         ({"adapt": None}, 400, "give at least one of"),
         ({"adapt": 1}, 400, "/adapt: Input should be a valid boolean, got 1"),
         ({"policy": 5}, 400, "/policy: Input should be a valid string, got 5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,9 +13,12 @@ from prometheus_client.samples import Sample
 from adapters.tent import Tent
 from tta_server.drift.monitor import Monitor
 from tta_server.drift.reference import TABLED, Reference
-from tta_server.drift.signals import ClassFeatures
+from tta_server.drift.signals import SIGNALS, ClassFeatures
+from tta_server.engine.guarding import make_guard
+from tta_server.feedback import Feedback
 from tta_server.metrics.prometheus import PrometheusRecorder
 from tta_server.metrics.scrape import MOST_WATCHED, Levels, Watchlist, matcher
+from tta_server.settings import GuaranteeSettings, GuardSettings
 from tta_server.state.keeper import Keeping, Tally
 from tta_server.state.memory import Budget
 from tta_server.types import Stream
@@ -30,11 +34,11 @@ REFERENCE = Reference(
 class Fleet:
     """Streams with drift scores, and the recorder that shows them."""
 
-    def __init__(self, watched: Sequence[str] = (), worst: int = 3) -> None:
+    def __init__(self, watched: Sequence[str] = (), worst: int = 3, feedbacks: Sequence[Feedback] = ()) -> None:
         self.monitor, self.streams = Monitor(1.0), list[Stream]()
         self.watchlist = Watchlist(watched, worst)
         keeping = Keeping(False, "", False, 0, 0, Tally(), None, 0)
-        levels = Levels(0, self.streams, {}, 0, 0, keeping, {"m": "d"}, {"m": True}, Budget())
+        levels = Levels(0, self.streams, {}, 0, 0, keeping, {"m": "d"}, {"m": True}, Budget(), feedbacks)
         self.recorder = PrometheusRecorder(lambda: levels, self.monitor, self.watchlist)
 
     def add(self, *ids: str, tenant: str = "t") -> list[Stream]:
@@ -136,7 +140,9 @@ def test_ten_thousand_streams_have_the_series_of_fifty() -> None:
     counts = []
     for ids in (range(50), range(50, 10_000)):
         streams = fleet.add(*(f"s{one}" for one in ids))
-        values = {name: generator.random(len(streams)) for name in ("confidence", "entropy", "agreement", "diversity")}
+        for stream, kind in zip(streams, itertools.cycle(("none", "budget", "ledger", "audit")), strict=False):
+            stream.guard = make_guard(GuardSettings(guarantee=GuaranteeSettings.model_validate({"kind": kind})))
+        values = {name: generator.random(len(streams)) for name in SIGNALS if "distance" not in name}
         values |= dict.fromkeys(("feature_distance", "bn_distance_early"), np.exp(generator.normal(size=len(streams))))
         fleet.monitor.update(streams, np.full(len(streams), 8), values, REFERENCE, np.full((len(streams), 4), 0.25))
         counts.append(len(fleet.scrape()))
@@ -154,7 +160,8 @@ def test_any_stream_can_be_scraped_by_its_name() -> None:
     assert {family.name for family in families} == {
         "tta_metrics_watched_streams", "tta_stream_version", "tta_stream_drifted", "tta_stream_drift_zscore",
         "tta_stream_confidence_ratio", "tta_stream_entropy_ratio", "tta_stream_agreement_ratio",
-        "tta_stream_label_divergence_ratio", "tta_stream_parameter_distance_ratio",
+        "tta_stream_label_divergence_ratio", "tta_stream_parameter_distance_ratio", "tta_stream_benefit_ratio",
+        "tta_stream_serves_adapted",
     }  # fmt: skip
 
 

@@ -164,7 +164,9 @@ class Judge:
 
     @staticmethod
     def of_tensors(tensors: Mapping[str, NDArray[Any]]) -> Judge:
-        """The same again."""
+        """The same again; the rule of thumb where there is none, or one for other figures than ours."""
+        if np.shape(tensors.get("weights", 0)) != (len(FIGURES),):
+            return UNPREPARED
         return Judge(tensors["weights"], float(tensors["offset"]), float(tensors["spread"]))
 
 
@@ -174,16 +176,14 @@ its own by no more than 0.03, over the rows on which they differ. A rule of thum
 ``benchmarks/harm.py``, and no estimate of an accuracy."""
 
 
-def fit(seen: Floats, benefit: Floats, rows: Floats) -> Judge:
-    """Ridge regression of ``benefit [n]`` on the figures ``seen [n, 11]``, each stream weighing as many as its
-    ``rows``."""
+def fit(seen: Floats, benefit: Floats, weights: Floats) -> Judge:
+    """Ridge regression of ``benefit [n]`` on the figures ``seen [n, 11]``, each with its own of ``weights [n]``."""
     mean, sd = seen.mean(0), np.maximum(seen.std(0), 1e-9)
     scaled = np.column_stack([(seen - mean) / sd, np.ones(len(seen))])
-    weighed = scaled * rows[:, None]
-    solved = np.linalg.solve(
-        scaled.T @ weighed / rows.sum() + RIDGE * np.eye(scaled.shape[1]), weighed.T @ benefit / rows.sum()
-    )
-    weights = solved[:-1] / sd
-    offset = float(solved[-1] - mean @ weights)
-    residual = benefit - (seen @ weights + offset)
-    return Judge(weights, offset, float(np.sqrt(np.average(np.square(residual), weights=rows))))
+    share = weights / weights.sum()
+    weighed = scaled * share[:, None]
+    solved = np.linalg.solve(scaled.T @ weighed + RIDGE * np.eye(scaled.shape[1]), weighed.T @ benefit)
+    slopes = solved[:-1] / sd
+    offset = float(solved[-1] - mean @ slopes)
+    residual = benefit - (seen @ slopes + offset)
+    return Judge(slopes, offset, float(np.sqrt(share @ np.square(residual))))

@@ -184,13 +184,14 @@ class Engine:
                 raise _Unanswered from error
             seconds = forward_seconds + shadow_seconds
             self._answer(lane, jobs, served, judged, started, seconds, answer, shed)
-            shadow_started, failed = time.monotonic(), False
+            shadow_started, failed, late = time.monotonic(), False, list[int]()
             rest = [index for index in range(len(jobs)) if index not in first]
             try:
-                late = [one for one in sampled if one not in first]
+                observed = [one for one in sampled if one not in first]
+                guarded = [] if shed else [one for one in self._watch.compared(lane, jobs) if one not in first]
+                late = sorted({*observed, *guarded})
                 if late or (sources is None and run.source is not None):
-                    guarded = [one for one in late if jobs[one].stream.guarded is not None and not lane.policy.plain]
-                    asked = self._watch.ask(model, served, late, late, guarded, values)
+                    asked = self._watch.ask(model, served, late, observed, guarded, values)
                     sources = asked if sources is None or asked is None else sources.joined(asked)
                 if not shed:
                     self.guarding.judge(model, jobs, served, sources, rest, judged, unanswered=False)
@@ -198,7 +199,7 @@ class Engine:
                 log.exception("asking the source failed", extra={"jobs": [_about(job) for job in jobs]})
                 failed = True
             adapt_started = time.monotonic()
-            shadow_seconds += adapt_started - shadow_started if rest and sampled else 0.0
+            shadow_seconds += adapt_started - shadow_started if rest and late else 0.0
             if shed:
                 run.stop()
                 results, own = ["shed"] * len(jobs), Values()
@@ -292,6 +293,7 @@ class Engine:
                     version=job.stream.version,
                     adapted=not lane.policy.plain,
                     policy=lane.policy.name,
+                    request=job.origin.request,
                     served=who,
                     guard=_standing(job, lane),
                     comparison=note,

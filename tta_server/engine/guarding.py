@@ -130,7 +130,7 @@ class Guarding:
         benefits = model.judge.benefit(found)
         judged.values.setdefault("benefit", np.full(len(jobs), np.nan))[guarded] = benefits
         for place, index in enumerate(guarded):
-            guard, rows = jobs[index].stream.guarded, sizes[index]
+            guard, rows = jobs[index].stream.guarded, int(sizes[index])
             assert guard is not None
             collapse = float(found[place, ADAPTED] - found[place, SOURCE])
             known = index in asked

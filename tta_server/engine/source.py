@@ -132,7 +132,7 @@ def load_model(name: str, settings: Settings, device: torch.device) -> SourceMod
         row_gap=probed.row_gap,
         prepared=artefacts.made,
         reference=Reference.of_tensors(groups[MONITORING]) if groups[MONITORING] else None,
-        judge=Judge.of_tensors(groups[BENEFIT]) if groups[BENEFIT] else UNPREPARED,
+        judge=Judge.of_tensors(groups[BENEFIT]),
         estimates=Estimates.of_tensors(groups[ESTIMATES]) if groups[ESTIMATES] else None,
     )
 

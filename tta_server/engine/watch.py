@@ -155,7 +155,7 @@ class Watch:
         """``shadow_ratio``: share of each adapting stream's requests that also run through the source.
         ``frozen_ratio``: of those that the source is asked for anyway, the share whose batch norms are looked at.
         ``estimate_every``: accuracy is estimated on every so many-th request of a stream, where the source is asked,
-        too; 0 for none. Unless ``enabled``, nothing is measured but what the step itself tells and the guards need."""
+        too; 0 for none. Unless ``enabled``, nothing is measured but what the step itself tells."""
         self.monitor, self._shadow_ratio, self._frozen_ratio = monitor, shadow_ratio, frozen_ratio
         self._enabled, self._estimate_every = enabled, estimate_every
 
@@ -165,19 +165,21 @@ class Watch:
 
         ``asked``: the step runs the source anyway, so that only its batch norms, if any, are left to be looked at.
         """
-        if asked and not (self._enabled and model.network.keeps_statistics):
+        if not self._enabled or (asked and not model.network.keeps_statistics):
             return []
-        plain = lane.policy.plain
         ratio = self._frozen_ratio if asked else self._shadow_ratio
-        chosen = []
-        for index, job in enumerate(jobs):
-            stream = job.stream
-            if not self._enabled and (plain or stream.guarded is None):
-                continue
-            past = stream.requests - stream.adapted if plain else stream.adapted
-            if stream.id and math.ceil((past + 1) * ratio) > math.ceil(past * ratio):
-                chosen.append(index)
-        return chosen
+        return [index for index, job in enumerate(jobs) if job.stream.id and _is_due(job, lane, ratio)]
+
+    def compared(self, lane: Lane, jobs: list[Job]) -> list[int]:
+        """Which jobs' guards are to hear of the source after the answer, if not before: an even share of each
+        stream's."""
+        if lane.policy.plain:
+            return []
+        return [
+            index
+            for index, job in enumerate(jobs)
+            if job.stream.guarded is not None and _is_due(job, lane, self._shadow_ratio)
+        ]
 
     def ask(
         self,
@@ -353,6 +355,13 @@ SOURCE_PATH = frozenset(
 """Signals that do not depend on who answered, measured of all requests that the source is asked for."""
 ESTIMATED = frozenset({"source_accuracy_atc", "source_accuracy_pdd"})
 """Neither do these, estimated on every few of them."""
+
+
+def _is_due(job: Job, lane: Lane, ratio: float) -> bool:
+    """Whether this request is among the share of its stream's that is looked at, by who answers."""
+    stream = job.stream
+    past = stream.requests - stream.adapted if lane.policy.plain else stream.adapted
+    return math.ceil((past + 1) * ratio) > math.ceil(past * ratio)
 
 
 def _sources(jobs: list[int], output: Output, sizes: NDArray[np.int64]) -> Sources:

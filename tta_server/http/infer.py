@@ -117,7 +117,7 @@ def router(service: Service) -> APIRouter:
             raise
         if stream is not None and controls.end:
             await tenant.close(stream.id, only=stream)
-        report |= _report(controls.stream, call.origin.request, answer, replayed)
+        report |= _report(controls.stream, answer, replayed)
 
         def encode() -> tuple[bytes, dict[str, str], str]:
             return _encode(asked, model, answer, report)
@@ -230,7 +230,7 @@ def _encode(
     return b"".join([header, *blobs]), {HEADER_LENGTH: str(len(header))}, "application/octet-stream"
 
 
-def _report(stream: str | None, request: str, answer: Answer, replayed: bool) -> dict[str, str | int | float | bool]:
+def _report(stream: str | None, answer: Answer, replayed: bool) -> dict[str, str | int | float | bool]:
     report: dict[str, str | int | float | bool | None] = {
         "stream_id": stream,
         "state_version": answer.version,
@@ -246,7 +246,7 @@ def _report(stream: str | None, request: str, answer: Answer, replayed: bool) ->
         "guard_state": None if answer.guard is None else answer.guard.state,
         "evidence": None if answer.guard is None else answer.guard.evidence,
         "benefit": None if answer.guard is None else answer.guard.benefit,
-        "request_id": request if stream is not None else None,
+        "request_id": answer.request if stream is not None else None,
         "shed": answer.shed or None,
         "replayed": replayed or None,
         "unsaved_steps": answer.unsaved,

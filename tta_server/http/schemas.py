@@ -244,7 +244,6 @@ class GuardMove(BaseModel):
 class GuardInfo(BaseModel):
     """A stream's guard: what is served, and what is known of it."""
 
-    enabled: bool
     state: Literal["off", "shadow", "canary", "active", "frozen", "quarantine"]
     pinned: bool = Field(description="Whether an operator chose the state, which then stays.")
     evidence: Literal["unknown", "helps", "unclear", "harms"]
@@ -290,7 +289,7 @@ class StreamInfo(BaseModel):
     )
     verdict: Verdict = Field(description="The stream in words.")
     agreement: float | None = Field(description="Share of sampled rows of late with the source model's class.")
-    guard: GuardInfo | None = Field(description="Null for streams of the source policy, which cannot go wrong.")
+    guard: GuardInfo | None = Field(description="Null where it is not enabled, and for the source policy.")
 
 
 class Signal(BaseModel):
@@ -433,7 +432,7 @@ class Prediction(BaseModel):
     """Answer of ``POST /v1/streams/{id}/predict``. Lists run over the rows of the request."""
 
     stream: str
-    request: str = Field(description="Its id, for labels.")
+    request: str = Field(description="Id, for labels, of the request that this answers, the first of repeated ones.")
     model: str
     policy: str = Field(description="What answered: the stream's policy, or 'source' while adaptation is off.")
     version: int = Field(description="The stream's version that answered.")
@@ -497,7 +496,7 @@ def stream_info(tenant: Tenant, stream: Stream) -> dict[str, Any]:
         "drift": monitor.drift(stream),
         "verdict": monitor.verdict(stream),
         "agreement": monitor.agreement(stream),
-        "guard": None if stream.guard is None else _guard_info(stream, stream.guard),
+        "guard": None if stream.guarded is None else _guard_info(stream, stream.guarded),
     }
 
 
@@ -513,7 +512,6 @@ def _guard_info(stream: Stream, guard: Guard) -> dict[str, Any]:
                 "evidence": promised.evidence, "certified": promised.certified, "interval": promised.interval()
             }  # fmt: skip
     return {
-        "enabled": guard.settings.enabled,
         "state": guard.state if stream.adapt else State.OFF,
         "pinned": guard.pinned,
         "evidence": guard.evidence,
@@ -592,7 +590,6 @@ def _estimates(signals: dict[str, float], measured: Figures | None) -> dict[str,
 
 def prediction(
     stream: Stream,
-    request: str,
     answer: Answer,
     replayed: bool,
     labels: tuple[str, ...],
@@ -604,7 +601,7 @@ def prediction(
     classes = logits.argmax(1)
     content: dict[str, Any] = {
         "stream": stream.id,
-        "request": request,
+        "request": answer.request,
         "model": stream.model,
         "policy": answer.policy,
         "version": answer.version,

@@ -216,7 +216,7 @@ def router(service: Service) -> APIRouter:
         chosen = output or ("probabilities" if top_k is None else "none")
 
         def encode() -> tuple[bytes, dict[str, str], str]:
-            content = prediction(stream, call.origin.request, answer, replayed, model.classes, chosen, top_k)
+            content = prediction(stream, answer, replayed, model.classes, chosen, top_k)
             return to_json(content), {}, "application/json"
 
         return await respond(request, call, 10 * answer.logits.numel(), encode)

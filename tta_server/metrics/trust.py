@@ -21,7 +21,7 @@ from tta_server.trust.labels import DELAYS, LabelTally
 from tta_server.types import Stream
 
 SHARE = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-POWER = (-1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 10.0)
+POWER = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 10.0)
 UNGUARDED = "unguarded"
 """Of a stream that adapts with its guard disabled."""
 REASONS = {"UnknownName": "unknown", "BadInput": "unfit", "Conflict": "conflict"}

@@ -251,7 +251,12 @@ class Ledger:
 
     @property
     def _level(self) -> int:
-        level, after = self._reckon()
+        last = self._last
+        if last is None:  # not kept: this is read from other threads, too
+            last = self._base
+            for row, w in list(self._kept.items()):
+                last = self._after(last, row, 1 if w is None else w)
+        level, after = last
         return max(-self._credit, level - self._eps * (self.rows - after))
 
     def _after(self, before: tuple[int, int], row: int, w: int) -> tuple[int, int]:

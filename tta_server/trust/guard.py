@@ -26,8 +26,9 @@ frozen        adapted                       no
 quarantine    source                        no
 ============  ============================  =====================================================================
 
-The *evidence* is the estimated benefit of :mod:`benefit`; it is a field of its own beside the state: ``unknown`` before
-anything was compared, and never taken for good. Beside it stands the stream's guarantee (:mod:`guarantees`), which may
+The *evidence* is the estimated benefit of :mod:`benefit`, and where labels came, their 95 % interval of it, which
+counts for more as soon as 0 is not in it. It is a field of its own beside the state: ``unknown`` before anything was
+compared, and never taken for good. Beside it stands the stream's guarantee (:mod:`guarantees`), which may
 forbid a row whatever the state. Every automatic move is one toward the source, or back up after fresh evidence and,
 where it had to be taken down, a cool-down that doubles from one time to the next. What an operator set stays until the
 operator lets go of it. Each move is a :class:`Move`, with its rule, statistic and threshold.
@@ -126,6 +127,9 @@ class Guard:
         """Whether an operator chose the state, which then stays."""
         self.benefit = math.nan
         """As last estimated."""
+        self.measured: tuple[float, float] | None = None
+        """Where labels say that the benefit lies, since the last reset; they count for more than the estimate."""
+        self.resets = 0
         self.rows = 0
         """Seen, ever."""
         self.since: Move | None = None
@@ -165,7 +169,10 @@ class Guard:
 
     @property
     def evidence(self) -> Evidence:
-        """What the estimate says."""
+        """What estimate and labels say."""
+        low, high = self.measured or (-1.0, 1.0)
+        if low > 0 or high < 0:
+            return Evidence.HELPS if low > 0 else Evidence.HARMS
         if math.isnan(self.benefit):
             return Evidence.UNKNOWN
         if self.benefit >= self.settings.least_benefit:
@@ -241,7 +248,8 @@ class Guard:
     def was_reset(self) -> None:
         """The stream is at the source again, whoever took it there: what was learned of the adapted model is of no
         use."""
-        self.benefit = math.nan
+        self.benefit, self.measured = math.nan, None
+        self.resets += 1
         self._compared = self._clean = self._vetoed = self._rejected = self._learned = self._steps = 0
         self._updates.clear()
         if isinstance(self.guarantee, Audit):
@@ -305,7 +313,9 @@ class Guard:
 
     @property
     def _is_good(self) -> bool:
-        return self.benefit >= self.settings.least_benefit  # not so for NaN
+        low, high = self.measured or (-1.0, 1.0)
+        # An estimate that is NaN, for unknown, is none at or above anything.
+        return low > 0 or (high >= 0 and self.benefit >= self.settings.least_benefit)
 
     @property
     def _is_certified(self) -> bool:
