@@ -390,6 +390,68 @@ async def test_how_a_stream_is_stored(loaded: Loaded, kind: Any, tmp_path: Path)
         assert (answer.unsaved_steps, answer.lost_steps) == (None, 0)
 
 
+async def test_what_a_guard_says(loaded: Loaded, kind: Any) -> None:
+    """In answers, and when an operator tells it what to do."""
+    async with running(loaded, kind, {"guard": {"enabled": True}}) as site:
+        stream = await site.stream(guard={"shadow_rows": 10_000, "guarantee": {"kind": "budget"}})
+        settings = (await site.info(stream))["guard_settings"]
+        assert (settings["shadow_rows"], settings["guarantee"]["kind"]) == (10_000, "budget")
+        answer = await done(stream.predict(images()))
+        assert (answer.served, answer.adapted, answer.guard) == ("source", True, "shadow")
+        assert answer.evidence in ("helps", "unclear", "harms")
+        assert answer.benefit is not None
+        assert (await done(stream.guard("active")))["guard"]["pinned"] is True
+        assert (await done(stream.predict(images()))).guard == "active"
+        assert (await done(stream.guard("auto")))["guard"]["pinned"] is False
+        with pytest.raises(BadInput):
+            await done(stream.guard("asleep"))
+        assert (await done(stream.update(guard={"shadow_rows": 5})))["state_kept"] is True
+        assert (await site.info(stream))["guard_settings"]["shadow_rows"] == 5
+        anonymous = await done(site.client.predict(images()))
+        assert (anonymous.served, anonymous.guard, anonymous.evidence, anonymous.request) == ("source", *[None] * 3)
+
+
+async def test_labels(site: Site) -> None:
+    stream = await site.stream()
+    first, second = [await done(stream.predict(images(seed))) for seed in range(2)]
+    told = await done(stream.label(first, [0, None, None, 1]))
+    assert told == {"request": first.request, "taken": 2, "repeated": 0, "missing": 2}
+    assert (await done(stream.label(str(second.request), second.classes)))["taken"] == 4
+    report = await done(stream.labels())
+    assert (report["total"]["rows"], report["wanted"]) == (6, [])
+    with pytest.raises(Conflict, match="row 0"):
+        await done(stream.label(first, [1, None, None, None]))
+    with pytest.raises(BadInput, match="got 1"):
+        await done(stream.label(first, [0]))
+    with pytest.raises(UnknownName):
+        await done(stream.label("never", [0]))
+    wrong: list[Any] = [[0.5] * 4, ["ant"] * 4, np.zeros(4)]
+    for labels in wrong:
+        with pytest.raises(BadInput, match="labels must be class numbers or None"):
+            await done(stream.label(second, labels))
+    assert (await done(stream.label(second, [*second.classes])))["repeated"] == 4
+    with pytest.raises(BadInput, match="only answers of a stream"):
+        await done(stream.label(await done(site.client.predict(images())), [0] * 4))
+
+
+async def test_an_answer_that_was_lost_can_be_labelled(site: Site) -> None:
+    stream = await site.stream()
+    site.network.fates = [after(httpx.ReadError("lost"))]
+    answer = await done(stream.predict(images()))
+    assert answer.replayed
+    assert (await done(stream.label(answer, answer.classes)))["taken"] == 4
+
+
+async def test_labels_whose_receipt_was_lost_are_taken_once(site: Site) -> None:
+    stream = await site.stream()
+    answer = await done(stream.predict(images()))
+    site.network.fates = [after(httpx.ReadError("lost"))]
+    assert await done(stream.label(answer, [0, 1, 2, 3])) == {
+        "request": answer.request, "taken": 0, "repeated": 4, "missing": 0
+    }  # fmt: skip
+    assert (await done(stream.labels()))["total"]["rows"] == 4
+
+
 async def test_streams_are_listed_page_by_page(site: Site) -> None:
     ids = [f"s{index}" for index in range(103)]
     for index, id in enumerate(ids):

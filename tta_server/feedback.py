@@ -202,7 +202,7 @@ def settle(guarding: Guarding, stream: Stream, done: Labelled) -> list[Event]:
     guard, token = stream.guard, done.prediction.token
     assert isinstance(token, _Token)
     note = token.comparison
-    if guard is None or guard.guarantee is None or token.stream is not stream:
+    if guard is None or guard.guarantee is None or note.guarantee is not guard.guarantee or token.stream is not stream:
         return []
     for row, label in zip(done.rows.tolist(), done.labels.tolist(), strict=True):
         source, adapted = int(done.prediction.source[row]), int(done.prediction.adapted[row])

@@ -493,6 +493,8 @@ class Tenant:
         done = self._backend.dispatcher.command(stream, lambda: kept.append(engine.move(old, new, stream)))
         # From here on, requests queue behind the move and in the new lane.
         stream.policy, stream.state_bytes = policy, size
+        if stream.guard is None and not policy.plain:
+            stream.guard = make_guard(self._backend.settings.guard)
         repository.enter(source.name)
         done.add_done_callback(lambda done: repository.leave(source.name))
 
@@ -530,10 +532,12 @@ class Tenant:
     def _guard_settings(self, stream: Stream, changes: Mapping[str, Any] | None) -> GuardSettings:
         """The guard's settings of a stream with these changes. Raises ``BadInput``, or ``Conflict`` where the model
         lacks what they need."""
-        now = self._backend.settings.guard if stream.guard is None else stream.guard.settings
+        now = self._backend.settings.guard if stream.guard is None else stream.guard.wanted
         if not changes:
             return now
-        guarantee = {**now.guarantee.model_dump(), **(changes.get("guarantee") or {})}
+        guarantee = changes.get("guarantee", {})
+        if isinstance(guarantee, dict):
+            guarantee = {**now.guarantee.model_dump(), **guarantee}
         try:
             wanted = GuardSettings.model_validate({**now.model_dump(), **changes, "guarantee": guarantee})
         except ValidationError as error:
@@ -549,8 +553,9 @@ class Tenant:
     def _reguard(self, stream: Stream, wanted: GuardSettings) -> bool:
         """Gives a stream's guard other settings, from the next request on; whether they are others."""
         guard = stream.guard
-        if guard is None or wanted == guard.settings:
+        if guard is None or wanted == guard.wanted:
             return False
+        guard.wanted = wanted
         _ignore(self._backend.dispatcher.command(stream, lambda: guard.change(wanted)))
         self._tell("changed", stream, guard=wanted.model_dump())
         return True

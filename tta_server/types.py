@@ -16,6 +16,7 @@ from adapters import Policy
 from adapters.base import Scope
 from tta_server.settings import Durability
 from tta_server.trust.conformal import Sets
+from tta_server.trust.guarantees import Guarantee
 from tta_server.trust.guard import Guard
 
 _job_numbers = itertools.count(1)
@@ -128,6 +129,8 @@ class Comparison:
     source: NDArray[np.int64] | None = None
     first_row: int = 0
     """Number of the first row to the stream's guarantee."""
+    guarantee: Guarantee | None = None
+    """That which counted these rows."""
     asked: NDArray[np.bool_] | None = None
     """Rows whose label the guarantee wants to know; ``None`` for none."""
     sets: Sets | None = None

@@ -833,7 +833,6 @@ def test_a_move_in_the_sources_lane_is_made(digits: SourceModel, clean: Tensor) 
     assert same_state(world.state(stream), before)
 
 
-@pytest.mark.xfail(strict=True, reason="fault: numbers of numpy get into a guard, with which no stream can be stored")
 def test_a_stream_that_was_guarded_can_be_stored(digits: SourceModel, clean: Tensor) -> None:
     world = World(digits)
     stream = world.stream()

@@ -109,7 +109,12 @@ async def test_every_answer_fits_its_documented_schema(server: Server) -> None:
     file = (await server.client.get("/v1/streams/s/state")).content
     classification = infer_body(x, outputs=["logits"])
     classification["outputs"][0]["parameters"] = {"classification": 2}
+    guard = {"enabled": True, "guarantee": {"kind": "audit", "q": 1.0}}
+    await server.json("PATCH", "/v1/streams/s", json={"guard": guard})
+    asked = (await server.predict("s", x))["request"]
     calls: dict[tuple[str, str], dict[str, Any]] = {
+        ("post", "/v1/streams/{id}/labels"): {"json": {"request": asked, "labels": [0, 1]}},
+        ("post", "/v1/streams/{id}/guard"): {"json": {"state": "canary"}},
         ("patch", "/v1/streams/{id}"): {"json": {"adapt": True}},
         ("get", "/v1/streams"): {"params": {"limit": 1}},
         ("post", "/v1/streams/{id}/rollback"): {"json": {"snapshot": "a"}},

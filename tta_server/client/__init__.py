@@ -23,7 +23,7 @@ import httpx
 from numpy.typing import ArrayLike
 
 from tta_server.client import core
-from tta_server.client.core import Answer, Change, Filters, Json, NoAnswer, Wanted
+from tta_server.client.core import Answer, Change, Filters, Json, Labels, NoAnswer, Wanted
 from tta_server.errors import UnknownName
 
 __all__ = ["Answer", "AsyncClient", "AsyncStream", "Client", "NoAnswer", "Stream"]
@@ -167,6 +167,24 @@ class Stream(core.Numbered):
         """Copies the stream to a new id. Raises ``Conflict`` for one that is taken."""
         return Stream(self._server, self._call(core.ask("POST", f"{self._path}/fork", {"id": id}, repeats=False)))
 
+    def label(self, request: Answer | str, labels: Labels) -> Json:
+        """Tells what the rows of an earlier prediction were: class numbers, ``None`` where unknown, now or for good.
+
+        ``request``: its answer, or the ``request`` of that. Returns how many were ``taken``, ``repeated`` and are still
+        ``missing``. Raises ``UnknownName`` where the prediction is no longer kept, and ``Conflict`` for a row that has
+        another label.
+        """
+        return self._call(core.label(self._path, request, labels))
+
+    def labels(self) -> Json:
+        """What labels say of the stream so far, and those that the server would like to have."""
+        return self._call(core.ask("GET", f"{self._path}/labels"))
+
+    def guard(self, state: str) -> Json:
+        """Puts the stream's guard into a state, where it stays: ``shadow``, ``canary``, ``active``, ``frozen`` or
+        ``quarantine``; with ``auto`` it decides again. Returns what the stream is then."""
+        return self._call(core.ask("POST", f"{self._path}/guard", {"state": state}))
+
     def export(self) -> bytes:
         """The state as a file: safetensors, for :meth:`Client.restore` there or on another server."""
         return self._call(core.export(self._path))
@@ -284,6 +302,15 @@ class AsyncStream(core.Numbered):
     async def fork(self, id: str) -> AsyncStream:
         call = core.ask("POST", f"{self._path}/fork", {"id": id}, repeats=False)
         return AsyncStream(self._server, await self._call(call))
+
+    async def label(self, request: Answer | str, labels: Labels) -> Json:
+        return await self._call(core.label(self._path, request, labels))
+
+    async def labels(self) -> Json:
+        return await self._call(core.ask("GET", f"{self._path}/labels"))
+
+    async def guard(self, state: str) -> Json:
+        return await self._call(core.ask("POST", f"{self._path}/guard", {"state": state}))
 
     async def export(self) -> bytes:
         return await self._call(core.export(self._path))

@@ -2,9 +2,9 @@
 
 **Every call may be sent again, but two.** The server carries out a numbered prediction once and answers repeats from
 memory, so a lost answer costs no second adaptation. Predictions without a stream never adapt. Opening, changing,
-resetting, rolling back, importing or closing a stream twice is the same as once, since its object sends nothing else in
-between. The two are a new snapshot and a fork, whose name the first attempt takes. They are sent again where the server
-refused them or cannot be reached; where their answer is lost the caller is told.
+resetting, rolling back, importing, labelling, guarding or closing a stream twice is the same as once, since its object
+sends nothing else in between. The two are a new snapshot and a fork, whose name the first attempt takes. They are sent
+again where the server refused them or cannot be reached; where their answer is lost the caller is told.
 
 **A number is for one array only.** A prediction that failed does not give its number back, for the server may have
 carried it out all the same; the next one takes the next number, and the gap does no harm.
@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import index
 from typing import Any, Generic, TypedDict, TypeVar
 from urllib.parse import quote
 
@@ -29,6 +30,8 @@ from tta_server import errors
 
 T = TypeVar("T")
 Json = dict[str, Any]
+Labels = Sequence[int | None] | NDArray[np.integer[Any]]
+"""Class numbers, one a row; ``None`` where unknown."""
 Outcome = httpx.Response | httpx.RequestError
 """What one attempt ends with."""
 
@@ -76,6 +79,8 @@ class Change(TypedDict, total=False):
     settings: Json
     durability: str | Json
     """``none``, ``async`` or ``sync``; or ``{"mode": "async", "steps": 16, "seconds": 5}``."""
+    guard: Json
+    """What differs from the guard's settings as they are: ``{"guarantee": {"kind": "budget"}}``."""
 
 
 class Wanted(Change, total=False):
@@ -101,7 +106,7 @@ class Answer:
     version: int
     """Number of the stream's adaptation steps that these scores were computed with."""
     adapted: bool
-    """Whether the stream's policy answered, not the plain source model."""
+    """Whether the stream's policy ran, not the plain source model alone. Who was served is in ``served``."""
     policy: str
     """What answered."""
     shed: bool
@@ -121,6 +126,16 @@ class Answer:
     ``None`` where the stream is not stored."""
     lost_steps: int = 0
     """Steps that a crash of the server cost the stream, told once, in the first answer after it."""
+    served: str | None = None
+    """Whose scores these are: ``adapted``, ``source``, or ``mixed`` where the guard let some rows through only."""
+    guard: str | None = None
+    """State of the stream's guard: ``shadow``, ``canary``, ``active``, ... ``None`` without one."""
+    evidence: str | None = None
+    """What the guard knows of the adapted model: ``unknown``, ``helps``, ``unclear`` or ``harms``."""
+    benefit: float | None = None
+    """Accuracy that the adapted model is estimated to have over the source's."""
+    request: str | None = None
+    """The request's id, for labels; ``None`` without a stream."""
 
     @property
     def classes(self) -> NDArray[np.intp]:
@@ -174,6 +189,19 @@ def export(path: str) -> Call[bytes]:
 def put(path: str, file: bytes) -> Call[Json]:
     """A call that gives a stream the state of a file."""
     return replace(ask("PUT", f"{path}/state"), content=file, headers={"Content-Type": FILE})
+
+
+def label(path: str, request: Answer | str, labels: Labels) -> Call[Json]:
+    """A call that tells what a request's rows were. Raises ``BadInput`` for an answer that was no stream's, and for
+    labels that are no whole numbers."""
+    id = request.request if isinstance(request, Answer) else request
+    if id is None:
+        raise errors.BadInput("only answers of a stream can be labelled")
+    try:
+        known = [None if one is None else index(one) for one in labels]
+    except TypeError as error:
+        raise errors.BadInput(f"labels must be class numbers or None: {error}") from error
+    return ask("POST", f"{path}/labels", {"request": id, "labels": known})
 
 
 def snapshot_path(path: str, name: str) -> str:
@@ -242,6 +270,11 @@ def infer(model: str, images: ArrayLike, timeout: float | None, controls: Json) 
             agreement=report.get("agreement"),
             unsaved_steps=report.get("unsaved_steps"),
             lost_steps=report.get("lost_steps", 0),
+            served=report.get("served"),
+            guard=report.get("guard_state"),
+            evidence=report.get("evidence"),
+            benefit=report.get("benefit"),
+            request=report.get("request_id"),
         )
 
     kind = {"Content-Type": FILE, "Inference-Header-Content-Length": str(len(header))}

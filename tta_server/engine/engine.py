@@ -193,7 +193,7 @@ class Engine:
                 if late or (sources is None and run.source is not None):
                     asked = self._watch.ask(model, served, late, observed, guarded, values)
                     sources = asked if sources is None or asked is None else sources.joined(asked)
-                if not shed:
+                if not shed and not lane.policy.plain:
                     self.guarding.judge(model, jobs, served, sources, rest, judged, unanswered=False)
             except Exception:  # the answers have left
                 log.exception("asking the source failed", extra={"jobs": [_about(job) for job in jobs]})
@@ -342,8 +342,9 @@ class Engine:
         if any(rows is not None for rows in kept):
             counts = [math.nan if rows is None else 1 - len(rows) / served.sizes[i] for i, rows in enumerate(kept)]
             own["outliers"] = np.array(counts)
+        vetoed = "none" if lease is None else "vetoed"
         return [
-            "vetoed" if result == "rejected_nonfinite" and one and not may else result
+            vetoed if result == "rejected_nonfinite" and one and not may else result
             for result, one, may in zip(results, sound, learns, strict=True)
         ], own
 

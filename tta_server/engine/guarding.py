@@ -183,6 +183,7 @@ class Guarding:
         allowed = np.full(len(source), guard.serves)
         if guard.guarantee is not None:
             note.first_row = guard.guarantee.rows
+            note.guarantee = guard.guarantee
             decision = guard.guarantee.allow(served.classes[part] != note.source, guard.serves)
             note.asked = decision.ask if decision.ask.any() else None
             allowed &= decision.adapted
@@ -200,7 +201,7 @@ class Guarding:
             moves = judged.moves[index]
             moves += guard.took(Step(job.rows, result == "applied", result.startswith("rejected")))
             events += [self.act(lane, job.stream, move) for move in moves]
-            if moves:
+            if moves or (guard.guarantee is not None and result != "applied"):  # what was spent is kept, too
                 self._store.touch(job.stream)
             elif guard.is_good_to_keep(GOOD_STEPS):
                 self._keep(lane, job.stream)
@@ -214,7 +215,8 @@ class Guarding:
             done = Action.RESET
         if done is Action.RESET:
             self._reset(lane, lane, stream)
-        told = {"from": move.before, "to": move.after, "action": done, "rule": move.rule, "version": version}
+        after = move.after if done is move.action or stream.guard is None else stream.guard.state
+        told = {"from": move.before, "to": after, "action": done, "rule": move.rule, "version": version}
         figures = {"statistic": move.statistic, "threshold": move.threshold}
         return Event("guard", stream, {**told, **{k: round(v, 6) for k, v in figures.items() if math.isfinite(v)}})
 

@@ -365,6 +365,8 @@ class Audit:
         self._gain_worst = [1.0] * len(BETS)
         self.alarm = False
         """(a): whether it was raised since the last restart."""
+        self.alarmed_at = 0.0
+        """The ``evidence`` then."""
         self.certified = False
         """(b): whether it was reached since then."""
 
@@ -459,6 +461,7 @@ class Audit:
             "unanswered": self.unanswered,
             "since": [self._since, self._differed_before],
             "alarm": self.alarm,
+            "alarmed_at": self.alarmed_at,
             "certified": self.certified,
             "harm": [*self._harm],
             "gain": [*self._gain],
@@ -482,6 +485,7 @@ class Audit:
             since, before = saved["since"]
             since, before = _count(since, rows), _count(before, differed)
             alarm, certified = _flag(saved["alarm"]), _flag(saved["certified"])
+            alarmed_at = _number(saved["alarmed_at"], HUGE)
             harm, gain, worst = (
                 [_number(value, HUGE) for _, value in zip(BETS, saved[key], strict=True)]
                 for key in ("harm", "gain", "gain_worst")
@@ -500,7 +504,7 @@ class Audit:
         self.rows, self.differed, self.served = rows, differed, served
         self.answered, self.unanswered = answered, unanswered
         self._since, self._differed_before = since, before
-        self.alarm, self.certified = alarm, certified
+        self.alarm, self.alarmed_at, self.certified = alarm, alarmed_at, certified
         self._harm, self._gain, self._gain_worst = harm, gain, worst
         self._low, self._high, self._gap, self._kept, self._aside = low, high, gap, kept, aside
 
@@ -517,7 +521,8 @@ class Audit:
         x = (w - tau) / (1 + tau)
         self._harm = [min(HUGE, (harm + 1) * (1 + bet * x)) for bet, harm in zip(BETS, self._harm, strict=True)]
         self._gain = [min(HUGE, gain * (1 - bet * w)) for bet, gain in zip(BETS, self._gain, strict=True)]
-        self.alarm |= self.evidence >= self._c
+        if not self.alarm and self.evidence >= self._c:
+            self.alarm, self.alarmed_at = True, self.evidence
         self.certified |= self.wealth >= 1 / self._alpha
 
     def _radius(self, sums: _Sums) -> float:

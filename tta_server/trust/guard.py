@@ -120,6 +120,8 @@ class Guard:
     def __init__(self, settings: GuardSettings, coin: Callable[[], float], clock: Callable[[], float]) -> None:
         """``coin``: see :class:`guarantees.Audit`; ``clock`` in seconds."""
         self.settings, self._coin, self._clock = settings, coin, clock
+        self.wanted = settings
+        """What they will be, once the device thread has come to it."""
         self.guarantee = _guarantee(settings, coin)
         self.state = State.SHADOW
         """While the stream adapts; otherwise it is off, and this is what it comes back to, see :meth:`turn_on`."""
@@ -202,7 +204,7 @@ class Guard:
             moves.append(self._move(State.SHADOW, "periodic", reached, float(self.settings.reset_rows), Action.RESET))
         if self.state is State.FROZEN and not self._wait:
             moves.append(self._move(State.CANARY, "cool-down over"))
-        if look.compared:
+        if look.compared and all(move.action is Action.NONE for move in moves):
             self._weigh(look, least, moves)
         return moves
 
@@ -246,8 +248,13 @@ class Guard:
         return True
 
     def was_reset(self) -> None:
-        """The stream is at the source again, whoever took it there: what was learned of the adapted model is of no
-        use."""
+        """The stream's state is another one now, whoever made it so: what was known of the adapted model is of no use,
+        and it is not served before something is."""
+        self._forget()
+        if not self.pinned and self.state in (State.CANARY, State.ACTIVE, State.FROZEN):
+            self._move(State.SHADOW, "reset")
+
+    def _forget(self) -> None:
         self.benefit, self.measured = math.nan, None
         self.resets += 1
         self._compared = self._clean = self._vetoed = self._rejected = self._learned = self._steps = 0
@@ -271,16 +278,21 @@ class Guard:
         return moves
 
     def release(self) -> list[Move]:
-        """The guard decides again; out of quarantine by way of the shadow."""
+        """The guard decides again, and serves nothing adapted without evidence; out of quarantine by way of the
+        shadow."""
         self.pinned, self._alarms, self._wait = False, 0, 0
         self._cooldown = self.settings.cooldown_rows
+        if self.state in (State.ACTIVE, State.FROZEN) and not self._is_good:
+            return [self._move(State.CANARY, "operator")]
         return [self._move(State.SHADOW, "operator")] if self.state is State.QUARANTINE else []
 
     def change(self, settings: GuardSettings) -> None:
         """Other settings from now on. Another guarantee starts afresh."""
         if settings.guarantee != self.settings.guarantee:
             self.guarantee = _guarantee(settings, self._coin)
-        self.settings = settings
+        if settings.cooldown_rows != self.settings.cooldown_rows:
+            self._cooldown = settings.cooldown_rows
+        self.settings = self.wanted = settings
 
     # To keep
 
@@ -338,10 +350,11 @@ class Guard:
     def _alarm(self, audit: Audit) -> Move:
         """Proof of harm: each time within a cool-down weighs more."""
         self._alarms, self._calm = self._alarms + 1, 0
-        statistic, threshold = audit.evidence, self.settings.guarantee.c
+        statistic, threshold = audit.alarmed_at, self.settings.guarantee.c
         audit.restart()
         if self._alarms == 1:
-            return self._fall(State.FROZEN, "audit", statistic, threshold, Action.ROLLBACK)
+            served = self.state in (State.CANARY, State.ACTIVE, State.FROZEN)
+            return self._fall(State.FROZEN if served else State.SHADOW, "audit", statistic, threshold, Action.ROLLBACK)
         if self._alarms == 2:
             return self._fall(State.SHADOW, "audit", statistic, threshold, Action.RESET)
         return self._fall(State.QUARANTINE, "audit", statistic, threshold, Action.RESET)
@@ -365,7 +378,7 @@ class Guard:
         self.state = state
         self._compared = self._clean = self._vetoed = 0
         if action is not Action.NONE:
-            self.was_reset()
+            self._forget()
         return self.since
 
 
