@@ -22,6 +22,7 @@ from tta_server.engine.norm import Pass
 from tta_server.engine.source import load_model
 from tta_server.errors import ConfigError
 from tta_server.settings import load_settings
+from tta_server.trust.guard import State
 
 
 def run(options: DemoOptions) -> str:
@@ -50,8 +51,9 @@ def test_a_short_demo_reports_every_stream_and_leaves_no_server(tmp_path: Path) 
     printed = run(DemoOptions(tmp_path, batches=6, batch_size=8, interval=0))
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if " → " in line}
     assert rows.keys() == {camera.id for camera in CAMERAS} | {"all"}
-    assert all(float(rows[camera.id][4]) > -5 for camera in CAMERAS), "a drift score"
-    assert {" ".join(rows[camera.id][5:-3]) for camera in CAMERAS} <= {*Verdict}
+    assert all(float(rows[camera.id][3]) > -5 for camera in CAMERAS), "a drift score"
+    assert {" ".join(rows[camera.id][4:-4]) for camera in CAMERAS} <= {*Verdict}
+    assert {rows[camera.id][-4] for camera in CAMERAS} <= {*State}
     assert "42 of 42 batches" in printed
     assert "\x1b" not in printed
     assert "…" not in printed, "something did not fit into 80 columns"

@@ -140,18 +140,7 @@ async def test_a_budget_that_was_spent_stays_spent(loaded: Loaded, tmp_path: Pat
             spent = guarantee.worst
 
 
-@pytest.mark.parametrize(
-    "state",
-    [
-        State.CANARY,
-        pytest.param(
-            State.FROZEN,
-            marks=pytest.mark.xfail(
-                strict=True, reason="fault: what is spent while nothing is learned is not stored before the end"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("state", [State.CANARY, State.FROZEN])
 async def test_what_is_spent_is_stored_as_steps_are(loaded: Loaded, tmp_path: Path, state: State) -> None:
     """A crash costs no more than the last request: ``sync``."""
     async with server(loaded, tmp_path, guarantee=BUDGET) as bench:

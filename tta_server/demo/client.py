@@ -41,6 +41,8 @@ class Camera:
     """While the severity grows evenly from 0 to ``WORST_SEVERITY``, to stay there."""
     switched_on_at: float | None = None
     """When adaptation is switched on; ``None``: it is on from the start."""
+    labelled: bool = False
+    """Whether it sends the labels of each batch back, after the answer."""
 
     def severity(self, batch: int, batches: int) -> float:
         """Of the ``batch``-th of ``batches``, counted from 0."""
@@ -51,8 +53,10 @@ class Camera:
         return None if self.switched_on_at is None else int(self.switched_on_at * batches)
 
 
+LABELLED = ("noise", "rotation")
+"""Here adaptation helps, but too little for the guard's estimate to show it: only labels do."""
 CAMERAS = (
-    *(Camera(f"camera-{name}", name) for name in CORRUPTIONS),
+    *(Camera(f"camera-{name}", name, labelled=name in LABELLED) for name in CORRUPTIONS),
     Camera("camera-clean", None),
     # Drifts quickly, so that its drift is full before adaptation is switched on.
     Camera("camera-switched", "blur", drifts_for=1 / 3, switched_on_at=1 / 2),
@@ -70,6 +74,8 @@ class Record:
     verdict: str
     version: int
     adapted: bool
+    guard: str
+    """State of the stream's guard."""
     sample: Images
     """The batch's first image as it was sent, ``[H, W]``."""
 
@@ -138,6 +144,10 @@ class Session:
             body = npy(images)
             served = await self._call(client, "POST", f"{path}/predict", content=body)
             source = await self._call(client, "POST", f"{path}/predict?adapt=false", content=body)
+            if camera.labelled:
+                await self._call(
+                    client, "POST", f"{path}/labels", json={"request": served["request"], "labels": labels.tolist()}
+                )
             run.records.append(
                 Record(
                     severity=severity,
@@ -147,6 +157,7 @@ class Session:
                     verdict=served["verdict"],
                     version=served["version"],
                     adapted=served["adapted"],
+                    guard=served["guard"]["state"] if served["guard"] else "",
                     sample=images[0, 0],
                 )
             )

@@ -33,7 +33,7 @@ SEVERITY_COLOUR, GRID_COLOUR, NOTE_COLOUR = "#ececec", "#d9d9d9", "#555555"
 def live_table(session: Session) -> Table:
     """Every stream as it is now."""
     table = _table(f"Error in % over each stream's last {RECENT} batches", progress(session))
-    _add_columns(table, "severity", "source\nmodel", "as\nserved", "drift", "verdict", "version", "adapts")
+    _add_columns(table, "severity", "source\nmodel", "as\nserved", "drift", "verdict", "version", "adapts", "guard")
     for run in session.runs:
         if not run.records:
             table.add_row(run.camera.id)
@@ -49,6 +49,7 @@ def live_table(session: Session) -> Table:
             last.verdict,
             str(last.version),
             "yes" if last.adapted else "no",
+            last.guard,
         )
     return table
 
@@ -65,25 +66,28 @@ def progress(session: Session) -> str:
 
 def final_table(runs: Sequence[Run], window: int) -> Table:
     """Every stream over its last ``window`` batches and over the whole run."""
-    notes = ["change: percentage points; drift: standard deviations farther from clean digits than they are"]
+    notes = ["drift: standard deviations farther from clean digits than they are"]
     for run in runs:
         switch = run.camera.switch(run.batches)
         if switch is not None:
             notes.append(f"{run.camera.id}: adaptation was off for the first {switch} of {run.batches} batches")
+    labelled = [run.camera.id for run in runs if run.camera.labelled]
+    notes.append(f"{' and '.join(labelled)} sent labels back; where the guard stays in its shadow, the source answers")
     table = _table(f"Error in % at the end of the drift: each stream's last {window} batches", "\n".join(notes))
-    _add_columns(table, "source\nmodel", "as\nserved", "change", "drift", "verdict", "over the\nwhole run")
+    _add_columns(table, "source\nmodel", "as\nserved", "drift", "verdict", "guard", "over the\nwhole run")
     for run in runs:
         last = run.records[-window:]
         table.add_row(
             run.camera.id,
-            *_errors(last),
+            *_errors(last)[:2],
             _drift(last[-1]),
             last[-1].verdict,
+            last[-1].guard,
             _both(run.records),
         )
     table.add_section()
     ends, wholes = [one for run in runs for one in run.records[-window:]], [one for run in runs for one in run.records]
-    table.add_row("all streams", *_errors(ends), "", "", _both(wholes))
+    table.add_row("all streams", *_errors(ends)[:2], "", "", "", _both(wholes))
     return table
 
 
