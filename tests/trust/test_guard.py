@@ -484,6 +484,51 @@ def test_turned_on_again_it_starts_from_what_is_safe(state: State) -> None:
     assert not guard.learns
 
 
+# Labels
+
+
+def test_labels_that_are_clear_count_for_more_than_the_estimate() -> None:
+    guard = make()
+    guard.measured = 0.01, 0.2
+    assert [move.after for move in (*see(guard, BAD), *see(guard, UNKNOWN))] == [State.CANARY]
+    assert (guard.evidence, guard.serves, guard.learns) == (Evidence.HELPS, True, True)
+    guard = at(State.ACTIVE)
+    guard.measured = -0.2, -0.01
+    assert (guard.evidence, guard.learns) == (Evidence.HARMS, False)
+    assert [move.after for move in see(guard, GOOD)] == [State.CANARY]
+    assert not guard.serves
+
+
+@pytest.mark.parametrize("measured", [(-0.1, 0.1), (0.0, 0.1), (-0.1, 0.0)])
+def test_labels_that_are_not_clear_leave_it_to_the_estimate(measured: tuple[float, float]) -> None:
+    for benefit, evidence in ((GOOD, Evidence.HELPS), (BAD, Evidence.HARMS), (UNKNOWN, Evidence.UNKNOWN)):
+        guard = make()
+        guard.measured = measured
+        see(guard, benefit)
+        assert guard.evidence is evidence
+
+
+@pytest.mark.parametrize("how", ["was_reset", "collapse"])
+def test_labels_of_another_state_say_nothing(how: str) -> None:
+    guard = at(State.ACTIVE)
+    guard.measured = 0.1, 0.2
+    if how == "was_reset":
+        guard.was_reset()
+    else:
+        see(guard, GOOD, 1, 9.9)
+    assert guard.evidence is Evidence.UNKNOWN
+
+
+@pytest.mark.xfail(strict=True, reason="fault: labels that show harm wait for a comparison, of which there may be none")
+def test_labels_that_show_harm_end_what_is_served() -> None:
+    """Without any pass of the source: ``monitor.shadow_ratio`` may be 0."""
+    guard = at(State.ACTIVE)
+    guard.measured = -0.2, -0.1
+    guard.consider(Look(10, 0))
+    assert guard.evidence is Evidence.HARMS
+    assert not guard.serves
+
+
 # Updates a minute
 
 
@@ -709,11 +754,19 @@ OPERATIONS = st.lists(
         st.tuples(st.just("put"), st.sampled_from(ALL)),
         st.tuples(st.just("release")),
         st.tuples(st.just("turn on")),
+        st.tuples(st.just("reset")),
+        st.tuples(st.just("measured"), st.sampled_from([(-0.3, -0.1), (-0.1, 0.1), (0.01, 0.2), (0.0, 0.1)])),
         st.tuples(st.just("restart")),
         st.tuples(st.just("wait"), st.integers(1, 90)),
     ),
     max_size=50,
 )
+
+
+def is_good(guard: Guard) -> bool:
+    """By labels where they are clear, else by the estimate."""
+    low, high = guard.measured or (-1, 1)
+    return low > 0 or (high >= 0 and guard.benefit >= LEAST)
 
 
 def check_moves(before: State, guard: Guard, moves: list[Move]) -> None:
@@ -729,9 +782,8 @@ def check_moves(before: State, guard: Guard, moves: list[Move]) -> None:
         assert math.isnan(move.statistic) is math.isnan(move.threshold) or move.statistic != move.statistic
         if move.after in MAY_BE_SERVED and move.before not in MAY_BE_SERVED:
             assert (move.after, move.rule) == (State.CANARY, "benefit"), "up only after fresh evidence"
-            assert move.statistic >= move.threshold == LEAST
-        if move.after is State.ACTIVE:
-            assert move.statistic >= move.threshold == LEAST
+        if move.after is State.ACTIVE or (move.before, move.after) == (State.SHADOW, State.CANARY):
+            assert guard.measured or move.statistic >= move.threshold == LEAST
         if move.action is not Action.NONE:
             assert move.rule in ("collapse", "periodic", "rejected steps", "audit")
             assert not move.statistic < move.threshold
@@ -772,6 +824,13 @@ def test_whatever_happens(kind: str) -> None:
                     was_pinned = False
                 case "turn on":
                     moves = guard.turn_on()
+                case "reset":
+                    guard.was_reset()
+                    before = guard.state
+                    kept.clear()
+                    assert guard.evidence is Evidence.UNKNOWN
+                case "measured":
+                    guard.measured = values[0]
                 case "restart":
                     saved = json.loads(json.dumps(guard.dump()))
                     guard = make(clock, **changes)
@@ -781,8 +840,7 @@ def test_whatever_happens(kind: str) -> None:
                     kept.clear()
                 case "wait":
                     clock.now += values[0]
-            if not (name == "restart" and not moves):
-                check_moves(before, guard, moves)
+            check_moves(before, guard, moves)
             automatic = name in ("look", "good", "step", "labels")
             assert not (was_pinned and automatic and moves)
             assert not (before is State.QUARANTINE and automatic and moves)
@@ -794,11 +852,12 @@ def test_whatever_happens(kind: str) -> None:
             assert len(now) <= 4
             if guard.learns:
                 assert len(now) < 4
-                assert guard.pinned or guard.benefit >= LEAST
+                assert guard.pinned or is_good(guard)
                 assert guard.state in (State.SHADOW, State.CANARY, State.ACTIVE)
             if guard.serves:
                 assert guard.state in MAY_BE_SERVED
-                assert guard.pinned or guard.state is not State.CANARY or guard.benefit >= LEAST
+                assert guard.pinned or guard.state is not State.CANARY or is_good(guard)
+                assert guard.pinned or guard.state is State.FROZEN or guard.evidence is not Evidence.UNKNOWN
             if guard.state not in (State.ACTIVE, State.FROZEN):
                 assert guard.compares
 
