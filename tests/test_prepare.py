@@ -25,6 +25,7 @@ from tta_server.cli import main
 from tta_server.data import load_source_images
 from tta_server.demo.network import digits_network
 from tta_server.demo.run import CONFIG
+from tta_server.drift.estimators import Head, make_estimates
 from tta_server.drift.reference import Reference
 from tta_server.engine.engine import initial_state
 from tta_server.engine.source import SourceModel, load_model
@@ -32,7 +33,6 @@ from tta_server.errors import BadInput, ConfigError, TtaError
 from tta_server.policies import make_policy
 from tta_server.prepare import GROUPS, PrepareOptions, batch_sizes, prepare
 from tta_server.settings import InputSettings, load_settings
-from tta_server.drift.estimators import Head, make_estimates
 
 MEAN, STD, CLASSES = 0.3049, 0.3754, tuple(map(str, range(10)))
 

@@ -60,7 +60,8 @@ def pixelate(x: Tensor, severity: float, generator: torch.Generator) -> Tensor:
 
 
 def colour_cast(x: Tensor, severity: float, generator: torch.Generator) -> Tensor:
-    """A filter before the lens: each channel has its own gain, from 1 down to 0.3, the same for all images."""
+    """A filter before the lens: each channel has its own gain, from 1 down to 0.3, the same for all images.
+    Images of one channel stay as they are."""
     gains = 1 - 0.7 * severity * torch.linspace(0, 1, x.shape[1]).to(x)
     return x * gains[:, None, None]
 
@@ -82,7 +83,7 @@ def _normal(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tens
 
 
 def _filter(x: Tensor, kernel: Tensor, dimension: int) -> Tensor:
-    """``x`` filtered along one of its sides, mirrored at the borders."""
+    """``x`` filtered along one of its sides, the outermost values repeated beyond the borders."""
     reach = len(kernel) // 2
     x = x.transpose(dimension, 3)
     padded = F.pad(x, (reach, reach, 0, 0), mode="replicate")

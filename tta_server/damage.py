@@ -83,7 +83,7 @@ def why_not(model: SourceModel) -> str:
 
 
 def judge(model: SourceModel, x: Tensor, labels: Rows, seed: int) -> Iterator[Judge | None]:
-    """Fits the judge to requests drawn from ``x [N, ...]`` with their ``labels``: ``None`` after each but the last of
+    """Fits the judge to requests drawn from ``x [N, ...]`` with their ``labels``: ``None`` after each of
     :data:`REQUESTS`, then it."""
     numpy, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     seen, gained, weights = [], [], []

@@ -15,7 +15,7 @@ from tta_server.engine.source import SourceModel
 from tta_server.errors import Conflict
 from tta_server.settings import LabelSettings
 from tta_server.trust.conformal import Adaptive, Conformal, Sets
-from tta_server.trust.guard import Look
+from tta_server.trust.guard import Labels, Look
 from tta_server.trust.labels import (
     Accuracy,
     Audits,
@@ -27,10 +27,14 @@ from tta_server.trust.labels import (
     Summary,
     Wanted,
 )
-from tta_server.types import Answer, Comparison, Event, Stream
+from tta_server.types import Answer, Comparison, Event, Lane, Stream
 
 LEAST_LABELS = 30
 """Labelled rows before a guard goes by them."""
+WIDER = 1.7
+"""So many times as wide as the 95 % interval of the labelled benefit is what guards go by, since it is looked at after
+every posting: of 400 simulated streams of 3,000 labelled rows without a benefit 1 % were ever taken for helped, with
+1.0 it were 36 %."""
 CALIBRATION = "calibration"
 """Artefacts that prediction sets are made with."""
 
@@ -41,12 +45,12 @@ class _Token:
 
     stream: Stream
     comparison: Comparison
-    resets: int
-    """Of the stream's guard, before the answer."""
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.comparison.sets is None else self.comparison.sets.nbytes
+        note = self.comparison
+        held = (note.adapted, note.source, note.asked, note.sets)
+        return sum(one.nbytes for one in held if one is not None)
 
 
 @dataclass
@@ -96,7 +100,7 @@ class Feedback:
                 confidence=answer.confidence.numpy(),
                 asked=np.zeros(rows, np.bool_) if note.asked is None else note.asked,
                 probabilities=scores.probabilities,
-                token=_Token(stream, note, 0 if stream.guard is None else stream.guard.resets),
+                token=_Token(stream, note),
             ),
         )
 
@@ -126,8 +130,10 @@ class Feedback:
         assert guard is not None
         assert guard.settings.miscoverage is not None
         measured = self._measured.setdefault(stream.id, _Measured())
-        if measured.adaptive is None or measured.adaptive.target != guard.settings.miscoverage:
-            measured.adaptive = Adaptive(guard.settings.miscoverage, guard.settings.miscoverage_step)
+        target, step = guard.settings.miscoverage, guard.settings.miscoverage_step
+        if measured.adaptive is None or measured.adaptive.target != target:
+            measured.adaptive = Adaptive(target, step)
+        measured.adaptive.gamma = step
         return measured.adaptive
 
     # Labels
@@ -164,12 +170,17 @@ class Feedback:
             measured.since, measured.resets = Accuracy(), guard.resets
         token = done.prediction.token
         assert isinstance(token, _Token)
-        if token.resets != guard.resets:
+        if token.comparison.resets != guard.resets:
             return  # of a model that is no more
         measured.since.update(done)
         benefit = measured.since.summary().recent.benefit
         if benefit is not None and benefit.rows >= LEAST_LABELS:
-            guard.measured = benefit.low, benefit.high
+            guard.labels = Labels(
+                benefit.value - WIDER * (benefit.value - benefit.low),
+                benefit.value + WIDER * (benefit.high - benefit.value),
+                token.comparison.resets,
+                token.comparison.rows,
+            )
 
     def summary(self, stream: Stream) -> Summary | None:
         """What labels said of a stream; ``None`` before there were any."""
@@ -191,21 +202,32 @@ class Feedback:
         """What became of them so far."""
         return self.predictions.audits_of(stream.id)
 
+    def unanswered(self) -> list[tuple[Stream, Comparison, list[int]]]:
+        """Rows whose label a stream's guarantee waits for, and which cannot come any more; each told once."""
+        lost, self.predictions.lost = self.predictions.lost, []
+        found = []
+        for prediction, rows in lost:
+            token = prediction.token
+            assert isinstance(token, _Token)
+            found.append((token.stream, token.comparison, rows))
+        return found
+
     def forget(self, id: str) -> None:
         """The stream is gone, or another one."""
         self.predictions.forget(id)
         self._measured.pop(id, None)
 
 
-def settle(guarding: Guarding, stream: Stream, done: Labelled) -> list[Event]:
-    """Has a stream's guarantee know the labels, on the device thread; returns what its guard did then."""
+def settle(guarding: Guarding, lane: Lane, stream: Stream, done: Labelled) -> list[Event]:
+    """Has a stream's guarantee know the labels, on the device thread; returns what its guard did then. ``lane``: where
+    the stream's state is at that time."""
     guard, token = stream.guard, done.prediction.token
     assert isinstance(token, _Token)
     note = token.comparison
-    if guard is None or guard.guarantee is None or note.guarantee is not guard.guarantee or token.stream is not stream:
+    if guard is None or guard.guarantee is None or note.count is not guard.count or token.stream is not stream:
         return []
     for row, label in zip(done.rows.tolist(), done.labels.tolist(), strict=True):
         source, adapted = int(done.prediction.source[row]), int(done.prediction.adapted[row])
         if source != adapted and min(source, adapted) >= 0:
             guard.guarantee.settle(note.first_row + row, int(source == label) - int(adapted == label))
-    return [guarding.act(stream.lane, stream, move) for move in guard.consider(Look(0, 0))]
+    return [guarding.act(lane, stream, move) for move in guard.consider(Look(0, 0))]

@@ -137,6 +137,7 @@ class History:
             state_bytes=len(dump.data),
             guard=self._tenant.guard_like(stream),
         )
+        self._tenant.inherit(fork, stream)
         await self._begin(fork, dump.fields, dump.data, dump.version)
         self._tell("imported", fork, version=dump.version, of=id)
         return fork

@@ -35,7 +35,7 @@ LINES = {
     "damaged": (logging.ERROR, "stream's stored state is damaged; an older one is used"),
     "departure": (logging.INFO, "stream departed from clean data"),
     "change": (logging.INFO, "stream changed against its own past"),
-    "rejected": (logging.WARNING, "adaptation step rejected: its state or scores were not finite"),
+    "rejected": (logging.WARNING, "adaptation step rejected: not finite, or outside the trust region"),
     "failed": (logging.WARNING, "adaptation step failed"),
     "guard": (logging.INFO, "stream's guard moved"),
 }

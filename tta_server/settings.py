@@ -179,7 +179,7 @@ class GuardSettings(_Settings):
     """Trust region: longest step, over the length of the source's weights. ``null``: any."""
     most_distance: float | None = Field(default=None, gt=0)
     """Trust region: farthest from the source's weights, over their length. ``null``: any."""
-    outliers: float | None = Field(default=None, gt=1)
+    outliers: float | None = Field(default=None, gt=1, le=1e6)
     """Rows of a request that are farther from its middle than so many times the median row are answered, but not
     learned from, at the cost of another pass where there are any. ``null``: all are learned from."""
     updates_per_minute: Positive | None = None
@@ -304,7 +304,8 @@ class MonitorSettings(_Settings):
     enabled: bool = True
     """Off: no signals but those that the policies tell, no drift score and no verdict."""
     shadow_ratio: float = Field(default=0.25, ge=0, le=1)
-    """Share of an adapting stream's requests that also run through the frozen source model, after the answer left."""
+    """Share of an adapting stream's requests that also run through the frozen source model, after the answer left; of
+    one with a guard at least 0.05."""
     frozen_ratio: float = Field(default=0.05, ge=0, le=1)
     """Of the requests that the source model answers itself, the share whose batch-norm statistics are measured by one
     more pass. All else is measured of each of them, as it costs no pass."""

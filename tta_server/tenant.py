@@ -44,7 +44,7 @@ from tta_server.state.keeper import Keeper
 from tta_server.state.slots import Layout
 from tta_server.trust.guard import Guard, State
 from tta_server.trust.labels import Labelled
-from tta_server.types import NOT_STORED, NOWHERE, Answer, Event, Lane, Origin, Stream
+from tta_server.types import NOT_STORED, NOWHERE, Answer, Comparison, Event, Lane, Origin, Stream
 
 log = logging.getLogger(__name__)
 
@@ -138,9 +138,13 @@ class Tenant:
         self._check_quota(0 if existing else 1, size - (existing.stream.state_bytes if existing else 0))
         stream = self._build(id, source, made, size)
         stream.adapt, stream.durability = adapt is not False, self._durability(durability)
-        if guard is not None and stream.guard is not None:
-            stream.guard.change(self._guard_settings(stream, guard))
+        if guard is not None:
+            wanted = self._guard_settings(stream, guard)
+            if stream.guard is not None:
+                stream.guard.change(wanted)
         if existing is not None:
+            if stream.guard is not None and existing.stream.guard is not None:
+                stream.guard = existing.stream.guard  # who may only begin it anew gets no other guarantee by that
             self.discard(existing.stream)
         self._enter(stream)
         self._tell("opened", stream, policy=made.name)
@@ -270,6 +274,8 @@ class Tenant:
         """
         opened = self._open(id)
         stream, moving = opened.stream, None
+        if guard is not None and stream.guard is None and policy not in (None, SourcePolicy.name):
+            stream.guard = make_guard(self._backend.settings.guard)
         wanted = self._guard_settings(stream, guard)
         if policy is not None or settings is not None:
             source = self._source_of(stream)
@@ -290,16 +296,21 @@ class Tenant:
         stream = self.stream(id)
         guard = stream.guarded
         if guard is None:
-            raise Conflict(f"stream {id!r} has no guard; turn it on with guard.enabled")
-        guarding = self._backend.engine.guarding
+            need = "its policy needs none" if stream.policy.plain else "turn it on with guard.enabled"
+            raise Conflict(f"stream {id!r} has no guard; {need}")
+        guarding, lane = self._backend.engine.guarding, stream.lane
 
         def act() -> None:
             moves = guard.release() if state is None else guard.put(state)
             for move in moves:
-                self._backend.tell(guarding.act(stream.lane, stream, move))
+                self._backend.tell(guarding.act(lane, stream, move))
+            store.touch(stream)
 
+        store = self._backend.engine.store
         await self._backend.dispatcher.command(stream, act)
-        self._touch(stream)
+        if stream.durability.mode != "none" and self._is_current(stream):
+            with suppress(Unavailable):  # a crash must not undo it
+                await self.store(stream)
         return stream
 
     async def label(self, id: str, request: str, labels: Sequence[int | None]) -> Labelled:
@@ -308,13 +319,16 @@ class Tenant:
         stream = self.stream(id)
         done = self.feedback.label(stream, request, labels)
         if stream.guarded is not None and stream.guarded.guarantee is not None and len(done.rows):
-            guarding = self._backend.engine.guarding
+            guarding, lane = self._backend.engine.guarding, stream.lane
 
             def settle_labels() -> None:
-                for event in settle(guarding, stream, done):
+                for event in settle(guarding, lane, stream, done):
                     self._backend.tell(event)
+                store.touch(stream)
 
+            store = self._backend.engine.store
             await self._backend.dispatcher.command(stream, settle_labels)
+            await self.settle(stream)
         return done
 
     async def reset(self, id: str) -> Stream:
@@ -452,6 +466,7 @@ class Tenant:
         def remember(answer: Answer | None) -> None:
             if answer is not None and self._is_current(opened.stream):
                 self.feedback.served(opened.stream, source, answer, origin.request)
+                self._give_up()
             keep(answer)
 
         flight = self._launch(opened.stream, source, policy, x, timeout, priority, origin, remember, number)
@@ -529,6 +544,21 @@ class Tenant:
             guard=None if policy.plain else make_guard(self._backend.settings.guard),
         )
 
+    def _give_up(self) -> None:
+        """Has guarantees know which labels will not come any more."""
+        for stream, note, rows in self.feedback.unanswered():
+            guard = stream.guard
+            if guard is None or not self._is_current(stream):
+                continue
+
+            def settle_rows(guard: Guard = guard, note: Comparison = note, rows: list[int] = rows) -> None:
+                if guard.guarantee is not None and note.count is guard.count:
+                    for row in rows:
+                        guard.guarantee.settle(note.first_row + row, None)
+
+            with suppress(Unavailable, QueueFull):
+                _ignore(self._backend.dispatcher.command(stream, settle_rows))
+
     def _guard_settings(self, stream: Stream, changes: Mapping[str, Any] | None) -> GuardSettings:
         """The guard's settings of a stream with these changes. Raises ``BadInput``, or ``Conflict`` where the model
         lacks what they need."""
@@ -556,13 +586,27 @@ class Tenant:
         if guard is None or wanted == guard.wanted:
             return False
         guard.wanted = wanted
-        _ignore(self._backend.dispatcher.command(stream, lambda: guard.change(wanted)))
+        guarding, lane = self._backend.engine.guarding, stream.lane
+
+        def change() -> None:
+            for move in guard.change(wanted):
+                self._backend.tell(guarding.act(lane, stream, move))
+
+        _ignore(self._backend.dispatcher.command(stream, change))
         self._tell("changed", stream, guard=wanted.model_dump())
         return True
 
+    @staticmethod
+    def inherit(stream: Stream, before: Stream) -> None:
+        """What an operator, or proof of harm, put a stream into is not undone by a copy of it."""
+        guard, old = stream.guard, before.guard
+        if guard is not None and old is not None and (old.pinned or old.state is State.QUARANTINE):
+            guard.put(old.state)
+            guard.pinned = old.pinned
+
     def guard_like(self, stream: Stream) -> Guard | None:
         """A new guard with the settings of a stream's."""
-        return None if stream.guard is None else make_guard(stream.guard.settings)
+        return None if stream.guard is None else make_guard(stream.guard.wanted)
 
     def equip(self, stream: Stream, kept: Mapping[str, Any] | None) -> None:
         """Gives a stream that was in the store its guard again; without one kept, or where it cannot be read, a new
@@ -675,22 +719,22 @@ class Tenant:
         changes: dict[str, Any] = {}
         if adapt is not None and adapt != stream.adapt:
             stream.adapt = changes["adapt"] = adapt
-            if adapt and stream.guarded is not None:
-                self._turn_on(stream, stream.guarded)
+            if stream.guarded is not None:
+                self._toggle(stream, stream.guarded)
         if durability is not None and (durability := self._durability(durability)) != stream.durability:
             stream.durability, changes["durability"] = durability, durability.model_dump()
         if changes:
             self._tell("changed", stream, **changes)
         return bool(changes)
 
-    def _turn_on(self, stream: Stream, guard: Guard) -> None:
-        guarding = self._backend.engine.guarding
+    def _toggle(self, stream: Stream, guard: Guard) -> None:
+        guarding, lane = self._backend.engine.guarding, stream.lane
 
-        def turn_on() -> None:
-            for move in guard.turn_on():
-                self._backend.tell(guarding.act(stream.lane, stream, move))
+        def toggle() -> None:
+            for move in guard.toggle():
+                self._backend.tell(guarding.act(lane, stream, move))
 
-        _ignore(self._backend.dispatcher.command(stream, turn_on))
+        _ignore(self._backend.dispatcher.command(stream, toggle))
 
     def _durability(self, wanted: Durability | None) -> Durability:
         """What is wanted, or the config's; none where nothing outlives the server, which is a ``Conflict`` when more is

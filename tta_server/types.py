@@ -16,7 +16,6 @@ from adapters import Policy
 from adapters.base import Scope
 from tta_server.settings import Durability
 from tta_server.trust.conformal import Sets
-from tta_server.trust.guarantees import Guarantee
 from tta_server.trust.guard import Guard
 
 _job_numbers = itertools.count(1)
@@ -92,6 +91,8 @@ class Stream:
     saved: Saved = NEVER_SAVED
     lost: int = 0
     """Changes that a crash, or damage to the store, cost it and that no answer told of yet."""
+    removed: bool = False
+    """From the store: nothing brings it back there."""
     guard: Guard | None = None
     """``None`` or not enabled: it is served as its policy has it, whatever comes of it."""
 
@@ -102,8 +103,9 @@ class Stream:
 
     @property
     def guarded(self) -> Guard | None:
-        """Its guard, if it has one that is enabled."""
-        return self.guard if self.guard is not None and self.guard.settings.enabled else None
+        """Its guard, if it has one that is enabled, and a policy that needs one."""
+        guard = self.guard
+        return guard if guard is not None and guard.settings.enabled and not self.policy.plain else None
 
     @property
     def lane(self) -> Lane:
@@ -125,12 +127,16 @@ class Comparison:
     """What the two models took an answer's rows for, ``[N]`` each. Without one before the answer it may come after it,
     or never."""
 
-    adapted: NDArray[np.int64] | None = None
-    source: NDArray[np.int64] | None = None
+    adapted: NDArray[np.int32] | None = None
+    source: NDArray[np.int32] | None = None
+    resets: int = 0
+    """How many the stream's guard had seen before the answer."""
+    rows: int = 0
+    """Likewise, rows."""
     first_row: int = 0
     """Number of the first row to the stream's guarantee."""
-    guarantee: Guarantee | None = None
-    """That which counted these rows."""
+    count: object = None
+    """The guard's ``count`` that these rows are in."""
     asked: NDArray[np.bool_] | None = None
     """Rows whose label the guarantee wants to know; ``None`` for none."""
     sets: Sets | None = None

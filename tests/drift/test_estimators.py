@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from tta_server.drift.signals import Floats, Requests
 from tta_server.drift.estimators import FEW_WRONG, LEAST_ROWS, PASSES, Estimate, Estimates, Head, make_estimates
+from tta_server.drift.signals import Floats, Requests
 
 CLASSES, DIMENSION = 5, 24
 Labels = NDArray[np.int64]

@@ -31,7 +31,18 @@ ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy" / "prometheus"
 WAIT_SECONDS = 60.0
 ROUNDS, ROWS, SLOTS = 40, 32, 4
+GUARDS: dict[str, dict[str, Any]] = {
+    "drifting-noise": {},
+    "drifting-audited": {"guarantee": {"kind": "audit", "q": 1.0}},
+    "drifting-budget": {"guarantee": {"kind": "budget"}},
+    "drifting-ledger": {"guarantee": {"kind": "ledger"}},
+    "rejected": {"most_update": 1e-9, "rejected_steps": 1, "least_benefit": 0.0},
+}
+"""Streams with guards; the others have none. All of these drift, but the last is reset again and again."""
+LABELLED = ("drifting-audited", "drifting-ledger")
+REJECTED = "rejected"
 DRIFTING = {f"drifting-{name}": name for name in ("noise", "blur", "contrast", "rotation")}
+DRIFTING |= {name: "contrast" for name in GUARDS if name not in ("drifting-noise", REJECTED)}
 CLEAN = [f"clean-{index}" for index in range(4)]
 SOURCE_ONLY = "frozen"
 """A clean stream whose adaptation is off."""
@@ -159,20 +170,29 @@ def prepare_prometheus(folder: Path, target: str) -> Path:
 
 def drive(server: httpx.Client, rounds: int, drifts_at: int = 0) -> None:
     """Each round a request of every stream, corrupted from some round on where the stream drifts; and a reset."""
-    images, _ = held_out()
+    images, labels = held_out()
     rng = np.random.default_rng(0)
-    streams = [*DRIFTING, *CLEAN, SOURCE_ONLY, CHOOSY]
+    streams = [*DRIFTING, *CLEAN, SOURCE_ONLY, CHOOSY, REJECTED]
     for stream in streams:
-        asked = {"adapt": stream != SOURCE_ONLY, "policy": "eta" if stream == CHOOSY else "tent"}
+        asked = {
+            "adapt": stream != SOURCE_ONLY,
+            "policy": "eta" if stream == CHOOSY else "tent",
+            "guard": GUARDS.get(stream, {"enabled": False}),
+        }
         server.put(f"/v1/streams/{stream}", json=asked).raise_for_status()
     for index in range(rounds):
         if index == rounds // 2:
             server.post(f"/v1/streams/{CLEAN[-1]}/reset").raise_for_status()
         for stream in streams:
-            batch = images[rng.integers(0, len(images), ROWS)]
-            if stream in DRIFTING and index >= drifts_at:
-                batch = CORRUPTIONS[DRIFTING[stream]](batch, 0.8, rng)
-            server.post(f"/v1/streams/{stream}/predict", content=npy(batch)).raise_for_status()
+            chosen = rng.integers(0, len(images), ROWS)
+            batch = images[chosen]
+            if stream in (*DRIFTING, REJECTED) and index >= drifts_at:
+                batch = CORRUPTIONS[DRIFTING.get(stream, "blur")](batch, 0.8, rng)
+            answer = server.post(f"/v1/streams/{stream}/predict", content=npy(batch)).raise_for_status().json()
+            if stream in LABELLED:
+                told = {"request": answer["request"], "labels": labels[chosen].tolist()}
+                server.post(f"/v1/streams/{stream}/labels", json=told).raise_for_status()
+                assert server.post(f"/v1/streams/{stream}/labels", json=told | {"request": "?"}).status_code == 404
 
 
 @contextmanager
@@ -262,6 +282,7 @@ def test_the_drift_alert_fires_for_the_streams_that_drift(scene: Scene) -> None:
     assert sorted(alert["stream"] for alert in alerts) == sorted(DRIFTING)
     assert {alert["job"] for alert in alerts} == {"tta-server"}
     verdicts = {labels["stream"]: value for labels, value in scene.query('tta_stream_drifted{job="tta-server"}')}
+    verdicts.pop(REJECTED, None)
     assert verdicts == dict.fromkeys(DRIFTING, 1) | dict.fromkeys([*CLEAN, SOURCE_ONLY, CHOOSY], 0)
 
 
@@ -271,9 +292,10 @@ def test_states_are_saved_and_move_through_all_tiers(scene: Scene) -> None:
     assert scene.value('tta_state_saves_total{result="saved"}') >= len(DRIFTING)
     assert scene.value("tta_state_saved_bytes_total") > 0
     tiers = {labels["tier"]: value for labels, value in scene.query("tta_stream_states")}
-    assert tiers["device"] == SLOTS
+    assert tiers["device"] in (SLOTS - 1, SLOTS), "a reset frees one"
     assert min(tiers["host"], tiers["disk"]) > 0
-    assert sum(tiers.values()) == len([*DRIFTING, *CLEAN, CHOOSY]), "the one that does not adapt has none"
+    adapting = len([*DRIFTING, *CLEAN, CHOOSY])
+    assert adapting - 1 <= sum(tiers.values()) <= adapting + 1, "the frozen one has none, two with guards now and then"
     for moves in (
         "tta_stream_evictions_total",
         "tta_stream_page_outs_total",
@@ -285,5 +307,6 @@ def test_states_are_saved_and_move_through_all_tiers(scene: Scene) -> None:
 
 
 def test_nothing_else_is_alarmed(scene: Scene) -> None:
-    """All alerts have hardly any patience here. Of ten streams four drift."""
-    assert {alert["alertname"] for alert in scene.firing()} <= {"TtaStreamDrifted", "TtaFleetDrift"}
+    """All alerts have hardly any patience here. Of fourteen streams eight drift, of five with guards some fall back."""
+    expected = {"TtaStreamDrifted", "TtaFleetDrift", "TtaGuardFallbacks"}
+    assert {alert["alertname"] for alert in scene.firing()} <= expected

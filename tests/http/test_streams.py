@@ -51,7 +51,9 @@ async def test_streams_are_listed_as_they_came(server: Server) -> None:
     listed = await server.json("GET", "/v1/streams")
     assert listed["next"] is None
     for one, whole in zip(listed["streams"], made, strict=True):
-        assert one == {key: value for key, value in whole.items() if key not in ("signals", "missing", "guard_settings")}
+        assert one == {
+            key: value for key, value in whole.items() if key not in ("signals", "missing", "guard_settings")
+        }
 
 
 async def test_a_stream_takes_what_it_is_asked_for(server: Server) -> None:

@@ -22,7 +22,7 @@ from tta_server.metrics.prometheus import MOVES
 from tta_server.metrics.trust import Budgets
 from tta_server.settings import GuaranteeSettings, GuardSettings, LabelSettings
 from tta_server.trust.guarantees import Audit
-from tta_server.trust.guard import Action, Guard, Look, State, Step
+from tta_server.trust.guard import Action, Guard, Labels, Look, State, Step
 from tta_server.trust.labels import Audits, LabelTally
 from tta_server.types import Event, Stream
 
@@ -111,10 +111,12 @@ def test_the_moves_that_begin_at_zero_are_those_that_guards_make() -> None:
         guard = make_guard(settings)
         helps = generator.choice((-0.9, 0.0, 0.9))
         for _ in range(100):
+            at = float(generator.normal(0, 0.3))
+            guard.labels = Labels(at - 0.2, at + 0.2, guard.resets, guard.rows) if generator.random() < 0.1 else None
             moves = guard.consider(Look(2, 2, float(generator.normal(0.1, 0.1)), float(generator.normal(0, 0.5))))
             kept = bool(generator.random() < 0.8)
             moves += guard.took(Step(2, kept, not kept))
-            moves += guard.turn_on() if generator.random() < 0.02 else []
+            moves += guard.toggle() if generator.random() < 0.02 else []
             assert guard.guarantee is not None
             first = guard.guarantee.rows
             guard.guarantee.allow(DIFFER)

@@ -102,6 +102,10 @@ class Evidence:
         sums[~sound] = np.nan
         return figures(sums[:, : self._classes], sums[:, self._classes : -COUNTS], sums[:, -COUNTS:])
 
+    def __len__(self) -> int:
+        """Streams."""
+        return len(self._places)
+
     def forget(self, stream: Hashable) -> None:
         """Starts a stream afresh."""
         place = self._places.pop(stream, None)
@@ -170,14 +174,17 @@ class Judge:
         return Judge(tensors["weights"], float(tensors["offset"]), float(tensors["spread"]))
 
 
-UNPREPARED = Judge(np.array([1.0, 0.03, *[0.0] * 9]), 0.1, float("nan"))
-"""Where nothing was prepared: a gain of 0.1, just enough, where the policy is less sure of its class than the source of
+UNPREPARED = Judge(np.array([1.0, 0.03, *[0.0] * 9]), 0.0999, float("nan"))
+"""Where nothing was prepared: a gain of just 0.1 and more where the policy is less sure of its class than the source of
 its own by no more than 0.03, over the rows on which they differ. A rule of thumb for networks like those of
 ``benchmarks/harm.py``, and no estimate of an accuracy."""
 
 
 def fit(seen: Floats, benefit: Floats, weights: Floats) -> Judge:
-    """Ridge regression of ``benefit [n]`` on the figures ``seen [n, 11]``, each with its own of ``weights [n]``."""
+    """Ridge regression of ``benefit [n]`` on the figures ``seen [n, 11]``, each with its own of ``weights [n]``.
+
+    The constant is shrunk with the rest: of a stream that says nothing the estimate is near 0, which is not enough.
+    """
     mean, sd = seen.mean(0), np.maximum(seen.std(0), 1e-9)
     scaled = np.column_stack([(seen - mean) / sd, np.ones(len(seen))])
     share = weights / weights.sum()

@@ -205,7 +205,8 @@ class Engine:
                 results, own = ["shed"] * len(jobs), Values()
             elif not any(judged.learns):
                 run.stop()
-                results, own = ["none" if lease is None else "vetoed"] * len(jobs), Values()
+                vetoed = "none" if lease is None else "vetoed"
+                results, own = [vetoed if one else "rejected_nonfinite" for one in sound], Values()
             else:
                 results, own = self._learn(model, lane, jobs, run, served, lease, sound, judged.learns)
             adapt_seconds = time.monotonic() - adapt_started
@@ -221,7 +222,7 @@ class Engine:
         self._save_due()
         measured = self._watch.measure(model, lane, jobs, served, {**own, **values, **judged.values}, sources, failed)
         told = [
-            Event(FAILURES[result], job.stream, {"version": job.stream.version}, job.origin)
+            Event(FAILURES[result], job.stream, {"version": job.stream.version, "reason": result}, job.origin)
             for job, result in zip(jobs, results, strict=True)
             if result in FAILURES
         ]
@@ -323,20 +324,14 @@ class Engine:
     ) -> tuple[list[str], Values]:
         """The step's second half, for the jobs whose scores are ``sound`` and whose guard lets them learn. Where a
         guard found outliers, all is done over without these rows."""
-        kept = self.guarding.inliers(jobs, served)
+        kept = self.guarding.inliers(jobs, served, learns)
         if any(rows is not None for rows in kept):
             run.stop()
             jobs = [
                 job if rows is None or job.x is None else replace(job, x=job.x[torch.from_numpy(rows)])
                 for job, rows in zip(jobs, kept, strict=True)
             ]
-            state = State({}, {}) if lease is None else self.store.state_of(lease)
-            run = PolicyRun(model, lane, jobs, state)
-            try:
-                run.scores()
-            except Exception:  # the answers have left
-                log.exception("adaptation failed", extra={"jobs": [_about(job) for job in jobs]})
-                return ["failed"] * len(jobs), Values()
+            run = PolicyRun(model, lane, jobs, State({}, {}) if lease is None else self.store.state_of(lease))
         allowed = [one and may for one, may in zip(sound, learns, strict=True)]
         results, own = self._adapt(model, lane, jobs, run, lease, allowed)
         if any(rows is not None for rows in kept):

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,10 @@ coin = secrets.SystemRandom().random
 def make_guard(settings: GuardSettings) -> Guard:
     """A new stream's guard."""
     return Guard(settings, coin, time.monotonic)
+
+
+def _note(guard: Guard | None) -> Comparison:
+    return Comparison() if guard is None else Comparison(resets=guard.resets, rows=guard.rows)
 
 
 def _distances(features: NDArray[Any]) -> NDArray[Any]:
@@ -89,11 +93,12 @@ class Guarding:
             index for index, guard in enumerate(guards) if guard is not None and (guard.compares or not sound[index])
         ]
 
-    def inliers(self, jobs: Sequence[Job], served: Served) -> list[NDArray[np.int64] | None]:
-        """Of each job the rows to learn from, where its guard looks for outliers and found some."""
+    def inliers(self, jobs: Sequence[Job], served: Served, learns: Sequence[bool]) -> list[NDArray[np.int64] | None]:
+        """Of each job that learns the rows to learn from, where its guard looks for outliers and found some."""
         found: list[NDArray[np.int64] | None] = []
-        for job, start, size in zip(jobs, served.starts.tolist(), served.sizes.tolist(), strict=True):
-            guard = job.stream.guarded
+        starts, sizes = served.starts.tolist(), served.sizes.tolist()
+        for job, start, size, may in zip(jobs, starts, sizes, learns, strict=True):
+            guard = job.stream.guarded if may else None
             farthest = None if guard is None else guard.settings.outliers
             if farthest is None or size < LEAST_ROWS:
                 found.append(None)
@@ -103,9 +108,11 @@ class Guarding:
         return found
 
     def begin(self, lane: Lane, jobs: Sequence[Job]) -> Judged:
-        """Before anything was looked at: as it is without a guard."""
+        """Before anything was looked at: as it is without a guard, or as the guard stands."""
         who = "source" if lane.policy.plain else "adapted"
-        return Judged([True] * len(jobs), [who] * len(jobs), [Comparison() for _ in jobs], [[] for _ in jobs])
+        guards = [None if lane.policy.plain else job.stream.guarded for job in jobs]
+        learns = [guard is None or guard.learns for guard in guards]
+        return Judged(learns, [who] * len(jobs), [_note(guard) for guard in guards], [[] for _ in jobs])
 
     def judge(
         self,
@@ -141,8 +148,8 @@ class Guarding:
             note = judged.comparisons[index]
             if known:
                 assert sources is not None
-                note.source = sources.classes(asked[index])
-                note.adapted = served.classes[part]
+                note.source = sources.classes(asked[index]).astype(np.int32)
+                note.adapted = served.classes[part].astype(np.int32)
             if unanswered and known:
                 assert sources is not None
                 judged.served[index] = self._serve(guard, served, part, sources.scores(asked[index]), note)
@@ -180,10 +187,10 @@ class Guarding:
     def _serve(self, guard: Guard, served: Served, part: slice, source: NDArray[Any], note: Comparison) -> str:
         """Puts what is to be served of one job in its place; returns who that is."""
         assert note.source is not None
-        allowed = np.full(len(source), guard.serves)
+        allowed = guard.serves & served.adapted[part].isfinite().all(1).numpy()
         if guard.guarantee is not None:
             note.first_row = guard.guarantee.rows
-            note.guarantee = guard.guarantee
+            note.count = guard.count
             decision = guard.guarantee.allow(served.classes[part] != note.source, guard.serves)
             note.asked = decision.ask if decision.ask.any() else None
             allowed &= decision.adapted
@@ -200,8 +207,11 @@ class Guarding:
                 continue
             moves = judged.moves[index]
             moves += guard.took(Step(job.rows, result == "applied", result.startswith("rejected")))
-            events += [self.act(lane, job.stream, move) for move in moves]
-            if moves or (guard.guarantee is not None and result != "applied"):  # what was spent is kept, too
+            events += [replace(self.act(lane, job.stream, move), origin=job.origin) for move in moves]
+            if any(move.action is not Action.NONE for move in moves) and job.stream.durability.mode != "none":
+                self._store.touch(job.stream)
+                self._store.save(job.stream)  # a crash must not undo it
+            elif moves or (guard.guarantee is not None and result != "applied"):  # what was spent is kept, too
                 self._store.touch(job.stream)
             elif guard.is_good_to_keep(GOOD_STEPS):
                 self._keep(lane, job.stream)
@@ -222,8 +232,7 @@ class Guarding:
 
     def forget(self, stream: Stream) -> None:
         """Drops what is known of a stream, whose state is another one now or gone."""
-        for evidence in self._evidence.values():
-            evidence.forget(stream)
+        self._clear(stream)
         self._drop(stream)
         if stream.guard is not None:
             stream.guard.was_reset()
@@ -249,6 +258,11 @@ class Guarding:
             return False
         _, fields, data, version = kept
         self._store.restore_dump(lane, stream, fields, data, version)
-        for evidence in self._evidence.values():
-            evidence.forget(stream)
+        self._clear(stream)
         return True
+
+    def _clear(self, stream: Stream) -> None:
+        for digest, evidence in list(self._evidence.items()):
+            evidence.forget(stream)
+            if not len(evidence):
+                del self._evidence[digest]

@@ -64,7 +64,10 @@ class PolicyRun:
         self._step.close()
 
     def finish(self) -> Step:
-        """Runs the rest. Raises what the policy raises, and ``RuntimeError`` for a second ``yield``."""
+        """Runs the rest, the scores too where nobody asked for them yet. Raises what the policy raises, and
+        ``RuntimeError`` for a second ``yield``."""
+        if not self._scored:
+            self.scores()
         try:
             next(self._step)
         except StopIteration as end:

@@ -178,7 +178,7 @@ class Watch:
         return [
             index
             for index, job in enumerate(jobs)
-            if job.stream.guarded is not None and _is_due(job, lane, self._shadow_ratio)
+            if job.stream.guarded is not None and _is_due(job, lane, max(self._shadow_ratio, LEAST_COMPARED))
         ]
 
     def ask(
@@ -348,6 +348,8 @@ class Watch:
         return self.monitor.update(streams, sizes[named], told, model.reference, shares)
 
 
+LEAST_COMPARED = 0.05
+"""Share of a guarded stream's requests that is compared with the source, whatever the monitor's."""
 SOURCE_PATH = frozenset(
     {"feature_distance", "source_entropy", "source_energy", "label_skew", "bn_distance", "bn_distance_max"}
     | {f"bn_distance_{third}" for third in ("early", "middle", "late")}

@@ -148,6 +148,7 @@ class Table:
             "policy": stream.policy.name,
             "adapt": stream.adapt,
             "verdict": self._verdicts[place],
+            "guard": stream.guarded.state if stream.adapt and stream.guarded is not None else None,
             "drift": _short(self._drift[place]),
             "distance": _short(self._distance[place]),
             "confidence": _short(self._confidence[place]),

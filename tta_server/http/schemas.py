@@ -122,7 +122,7 @@ class PatchStream(_Request):
         "state is kept where its layout stays the same; another window or optimiser starts from the source.",
     )
     durability: DurabilityWanted = None
-    guard: GuardChanges = Field(default=None, description=GUARD_TEXT + " Another guarantee starts afresh.")
+    guard: GuardChanges = Field(default=None, description=GUARD_TEXT + " A guarantee of another kind starts afresh.")
 
     @model_validator(mode="after")
     def _check(self) -> PatchStream:
@@ -170,7 +170,10 @@ class Labels(_Request):
     request: Annotated[str, Field(max_length=LONGEST_NAME)] = Field(
         description="Id of a prediction request of this stream: `request` in its answer, and its X-Request-ID."
     )
-    labels: list[int | None] = Field(description="Class numbers, one a row; null where unknown, perhaps until later.")
+    labels: Annotated[
+        list[Any], WithJsonSchema({"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "null"}]}})
+    ] = Field(description="Class numbers, one a row; null where unknown, perhaps until later.")
+    """Checked against the request, not here: there may be millions, and one fault is enough."""
 
 
 class PolicyInfo(BaseModel):
@@ -503,7 +506,7 @@ def stream_info(tenant: Tenant, stream: Stream) -> dict[str, Any]:
 def _guard_info(stream: Stream, guard: Guard) -> dict[str, Any]:
     """:class:`GuardInfo` as a dict."""
     since = guard.since
-    guarantee: dict[str, Any] = {"kind": guard.settings.guarantee.kind}
+    guarantee: dict[str, Any] = {"kind": guard.wanted.guarantee.kind}
     if guard.guarantee is not None:
         promised = guard.guarantee
         guarantee |= {"remaining": promised.remaining, "bound": promised.bound, "worst": promised.worst}
@@ -541,7 +544,7 @@ def stream_detail(tenant: Tenant, stream: Stream) -> dict[str, Any]:
     }
     return {
         **stream_info(tenant, stream),
-        "guard_settings": None if stream.guard is None else stream.guard.settings.model_dump(),
+        "guard_settings": None if stream.guard is None else stream.guard.wanted.model_dump(),
         "signals": signals,
         "missing": tenant.missing(stream),
     }

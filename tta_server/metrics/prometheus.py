@@ -43,9 +43,10 @@ RESULTS = ("applied", "rejected_nonfinite", "rejected_update", "rejected_distanc
 OPERATIONS = ("write", "fetch", "prefetch")
 CAUSES = ("crash", "damage")
 MOVES = (
-    ("canary", "benefit"), ("active", "benefit"), ("shadow", "benefit"), ("canary", "cool-down over"),
-    ("shadow", "collapse"), ("shadow", "periodic"), ("shadow", "rejected steps"), ("shadow", "turned on"),
-    ("frozen", "audit"), ("shadow", "audit"), ("quarantine", "audit"),
+    ("canary", "benefit"), ("active", "benefit"), ("shadow", "benefit"), ("canary", "labels"), ("active", "labels"),
+    ("shadow", "labels"), ("canary", "cool-down over"), ("shadow", "collapse"), ("shadow", "periodic"),
+    ("shadow", "rejected steps"), ("shadow", "toggled"), ("frozen", "audit"), ("shadow", "audit"),
+    ("quarantine", "audit"),
 )  # fmt: skip
 """Of guards by themselves: where to, and by which rule."""
 NORMS = (*(factor * 10.0**power for power in range(-6, 0) for factor in (1, 2, 5)), 1.0)

@@ -259,6 +259,7 @@ class StateStore:
 
     def remove(self, lane: Lane, stream: Stream, done: Done = lambda error: None) -> None:
         """Forgets a stream, in the store too; ``done`` is told when that is done."""
+        stream.removed = True
         self.drop(lane, stream)
         if self._keeper is None:
             done(None)
@@ -330,12 +331,16 @@ class StateStore:
 
     def meet(self, stream: Stream) -> None:
         """Has a stream that was not here before saved soon."""
+        if stream.removed:
+            return
         if stream not in self._homes and self._keeper is not None and stream.durability.mode != "none":
             self._homes[stream] = stream.lane
             self._due_now[stream] = None  # from then on it is known how many steps a crash costs it
 
     def touch(self, stream: Stream) -> None:
         """Something of the stream was changed, but not its state."""
+        if stream.removed:
+            return
         self._homes.setdefault(stream, stream.lane)
         stream.revision += 1
         self._schedule(stream)
@@ -344,6 +349,10 @@ class StateStore:
 
     def save(self, stream: Stream, marks: Iterable[str] = (), done: Done | None = None) -> None:
         """Has a stream saved now, its state under these names; ``done`` is told when it is."""
+        if stream.removed:
+            if done is not None:
+                done(None)
+            return
         self._homes.setdefault(stream, stream.lane)
         self._hand_over([stream], marks, done)
 

@@ -79,7 +79,7 @@ class Adaptive:
         """``target``: share of rows whose set may miss the class; ``gamma``: the step. Raises ``ValueError``."""
         if not (0 < target < 1 and gamma > 0):
             raise ValueError(f"target must be in (0, 1) and gamma above 0, got {target:g} and {gamma:g}")
-        self.target, self._gamma = target, gamma
+        self.target, self.gamma = target, gamma
         self.alpha = target
         """For :meth:`Conformal.sets` of the next rows."""
         self.labels = 0
@@ -91,7 +91,7 @@ class Adaptive:
         missed = int(np.count_nonzero(~sets[np.arange(len(labels)), labels]))
         self.labels += len(labels)
         self.missed += missed
-        self.alpha += self._gamma * (self.target * len(labels) - missed)
+        self.alpha += self.gamma * (self.target * len(labels) - missed)
 
     @property
     def coverage(self) -> float | None:

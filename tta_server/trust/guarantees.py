@@ -393,6 +393,11 @@ class Audit:
         self._advance()
         return Decision(~differs | serving, ask)
 
+    def give_up(self) -> None:
+        """No label will come of what was asked so far."""
+        for row in [*(row for row, asked in self._kept.items() if not asked.settled), *self._aside]:
+            self.settle(row, None)
+
     def settle(self, row: int, w: int | None) -> None:
         """See :class:`Guarantee`. Labels that were not asked for change nothing."""
         _check(w)

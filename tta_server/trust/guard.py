@@ -48,6 +48,8 @@ from typing import Any, NamedTuple
 from tta_server.settings import GuardSettings
 from tta_server.trust.guarantees import Audit, Budget, Guarantee, Ledger
 
+LABELS_LAST = 1000
+"""Rows that a stream goes by its labels after the newest that was labelled."""
 MOST_COOLDOWN = 2**6
 """A cool-down doubles up to so many times its first length."""
 
@@ -93,6 +95,16 @@ class Move(NamedTuple):
     threshold: float = math.nan
 
 
+class Labels(NamedTuple):
+    """What labels say of the benefit: it lies between ``low`` and ``high``, by answers given when the guard had seen so
+    many ``resets`` and ``rows``."""
+
+    low: float
+    high: float
+    resets: int
+    rows: int
+
+
 class Look(NamedTuple):
     """What a request showed: its ``rows``, how many were compared with the source, and of the stream's newest rows the
     estimated ``benefit`` (NaN: unknown) and the ``collapse``: ``ln`` of how many times fewer classes the adapted model
@@ -123,14 +135,16 @@ class Guard:
         self.wanted = settings
         """What they will be, once the device thread has come to it."""
         self.guarantee = _guarantee(settings, coin)
+        self.count = object()
+        """Another object as soon as the guarantee counts its rows from 0 again."""
         self.state = State.SHADOW
-        """While the stream adapts; otherwise it is off, and this is what it comes back to, see :meth:`turn_on`."""
+        """While the stream adapts; otherwise it is off, and this is what it comes back to, see :meth:`toggle`."""
         self.pinned = False
         """Whether an operator chose the state, which then stays."""
         self.benefit = math.nan
         """As last estimated."""
-        self.measured: tuple[float, float] | None = None
-        """Where labels say that the benefit lies, since the last reset; they count for more than the estimate."""
+        self.labels: Labels | None = None
+        """What they said last. Written by the event loop, whole."""
         self.resets = 0
         self.rows = 0
         """Seen, ever."""
@@ -147,6 +161,15 @@ class Guard:
         self._alarms = 0
         self._calm = 0
         self._updates: deque[float] = deque()
+
+    @property
+    def measured(self) -> tuple[float, float] | None:
+        """Where labels say that the benefit lies; they count for more than the estimate, while they are of this model
+        and not of too long ago."""
+        told = self.labels
+        if told is None or told.resets != self.resets or self.rows - told.rows > LABELS_LAST:
+            return None
+        return told.low, told.high
 
     # Asked by the engine, request by request
 
@@ -194,7 +217,6 @@ class Guard:
         moves: list[Move] = []
         if self.pinned or self.state is State.QUARANTINE:
             return moves
-        least = self.settings.least_benefit
         if isinstance(self.guarantee, Audit) and self.guarantee.alarm:
             moves.append(self._alarm(self.guarantee))
         elif look.compared and look.collapse > self.settings.collapse and self.state is not State.SHADOW:
@@ -205,22 +227,24 @@ class Guard:
         if self.state is State.FROZEN and not self._wait:
             moves.append(self._move(State.CANARY, "cool-down over"))
         if look.compared and all(move.action is Action.NONE for move in moves):
-            self._weigh(look, least, moves)
+            self._weigh(look, moves)
+        elif self.state is State.ACTIVE and self._is_harmful:
+            moves.append(self._fall(State.CANARY, *self._reason))
         return moves
 
-    def _weigh(self, look: Look, least: float, moves: list[Move]) -> None:
-        good = self._is_good
+    def _weigh(self, look: Look, moves: list[Move]) -> None:
+        good, why = self._is_good, self._reason
         self._compared += look.compared
         self._clean = self._clean + look.rows if good else 0
         self._vetoed = 0 if good else self._vetoed + look.rows
         if self.state is State.ACTIVE and not good:
-            moves.append(self._fall(State.CANARY, "benefit", look.benefit, least))
+            moves.append(self._fall(State.CANARY, *why))
         elif self.state is State.CANARY and self._vetoed >= self.settings.canary_rows:
-            moves.append(self._fall(State.SHADOW, "benefit", look.benefit, least))
+            moves.append(self._fall(State.SHADOW, *why))
         elif self.state is State.SHADOW and good and not self._wait and self._compared >= self.settings.shadow_rows:
-            moves.append(self._move(State.CANARY, "benefit", look.benefit, least))
+            moves.append(self._move(State.CANARY, *why))
         if self.state is State.CANARY and good and self._clean >= self.settings.canary_rows and self._may_go_active:
-            moves.append(self._move(State.ACTIVE, "benefit", look.benefit, least))
+            moves.append(self._move(State.ACTIVE, *why))
             if self._alarms == 0:
                 self._cooldown = self.settings.cooldown_rows
 
@@ -255,7 +279,7 @@ class Guard:
             self._move(State.SHADOW, "reset")
 
     def _forget(self) -> None:
-        self.benefit, self.measured = math.nan, None
+        self.benefit, self.labels = math.nan, None
         self.resets += 1
         self._compared = self._clean = self._vetoed = self._rejected = self._learned = self._steps = 0
         self._updates.clear()
@@ -264,12 +288,12 @@ class Guard:
 
     # Asked by an operator
 
-    def turn_on(self) -> list[Move]:
-        """The stream adapts again, after it did not: what was known of it is old."""
-        self.benefit = math.nan
+    def toggle(self) -> list[Move]:
+        """Adaptation, or the guard, was turned on or off: what was known of the stream is old then."""
+        self.benefit, self.labels = math.nan, None
         if self.pinned or self.state not in (State.CANARY, State.ACTIVE):
             return []
-        return [self._move(State.SHADOW, "turned on")]
+        return [self._move(State.SHADOW, "toggled")]
 
     def put(self, state: State) -> list[Move]:
         """An operator's choice: it stays until :meth:`release`."""
@@ -286,13 +310,24 @@ class Guard:
             return [self._move(State.CANARY, "operator")]
         return [self._move(State.SHADOW, "operator")] if self.state is State.QUARANTINE else []
 
-    def change(self, settings: GuardSettings) -> None:
-        """Other settings from now on. Another guarantee starts afresh."""
+    def change(self, settings: GuardSettings) -> list[Move]:
+        """Other settings from now on. A guarantee of another kind starts afresh."""
+        moves = self.toggle() if settings.enabled and not self.settings.enabled else []
         if settings.guarantee != self.settings.guarantee:
-            self.guarantee = _guarantee(settings, self._coin)
+            self.guarantee = self._other(settings)
         if settings.cooldown_rows != self.settings.cooldown_rows:
             self._cooldown = settings.cooldown_rows
         self.settings = self.wanted = settings
+        return moves
+
+    def _other(self, settings: GuardSettings) -> Guarantee | None:
+        """A guarantee by other settings; what was counted and spent goes on where it is of the same kind."""
+        made, now, then = _guarantee(settings, self._coin), self.settings.guarantee, settings.guarantee
+        if made is None or self.guarantee is None or now.kind != then.kind or (now.kind == "audit" and now.q != then.q):
+            self.count = object()
+            return made
+        made.restore(self.guarantee.dump())
+        return made
 
     # To keep
 
@@ -311,14 +346,18 @@ class Guard:
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Goes on where :meth:`dump` left off; an active stream as a canary, for want of evidence. Raises
-        ``ValueError``, ``KeyError`` or ``BadInput`` where that is no such state."""
+        """Goes on where :meth:`dump` left off; one that was served adapted in the shadow, for want of evidence, without
+        answers to open audits, as predictions are not kept. Raises ``ValueError``, ``KeyError`` or ``BadInput`` where
+        that is no such state."""
         state, guarantee = State(saved["state"]), saved["guarantee"]
         counts = [int(saved[name]) for name in ("rows", "learned", "cooldown", "wait", "alarms", "calm")]
         if self.guarantee is not None and guarantee is not None:
             self.guarantee.restore(guarantee)
         self.pinned = bool(saved["pinned"])
-        self.state = State.CANARY if state is State.ACTIVE and not self.pinned else state
+        served = state in (State.CANARY, State.ACTIVE, State.FROZEN) and not self.pinned
+        self.state = State.SHADOW if served else state
+        if isinstance(self.guarantee, Audit):
+            self.guarantee.give_up()
         self.rows, self._learned, self._cooldown, self._wait, self._alarms, self._calm = counts
 
     # In between
@@ -328,6 +367,18 @@ class Guard:
         low, high = self.measured or (-1.0, 1.0)
         # An estimate that is NaN, for unknown, is none at or above anything.
         return low > 0 or (high >= 0 and self.benefit >= self.settings.least_benefit)
+
+    @property
+    def _is_harmful(self) -> bool:
+        return self.measured is not None and self.measured[1] < 0
+
+    @property
+    def _reason(self) -> tuple[str, float, float]:
+        """Rule, statistic and threshold of :attr:`_is_good`."""
+        low, high = self.measured or (-1.0, 1.0)
+        if low > 0 or high < 0:
+            return "labels", low if low > 0 else high, 0.0
+        return "benefit", self.benefit, self.settings.least_benefit
 
     @property
     def _is_certified(self) -> bool:

@@ -190,6 +190,9 @@ class Predictions:
         """Of all streams, deleted ones too."""
         self.nbytes = 0
         """What is kept now."""
+        self.lost: list[tuple[Prediction, list[int]]] = []
+        """Predictions that are kept no more, and their rows that were asked for and not labelled; for the caller to
+        take."""
 
     def __len__(self) -> int:
         """Requests kept."""
@@ -230,9 +233,10 @@ class Predictions:
         kept = self._find(stream, request)
         if kept is None:
             raise UnknownName(
-                f"request {request[:150]!r} was not served to stream {stream!r}, or its prediction is no longer kept "
-                f"for labels: labels.requests = {self._limits.requests} of a stream, labels.bytes = "
-                f"{self._limits.bytes} of all streams, labels.seconds = {self._limits.seconds:g}"
+                f"request {request[:150]!r} was not served to stream {stream!r} (take `request`, over V2 `request_id`, "
+                f"of its answer), or its prediction is no longer kept for labels: labels.requests = "
+                f"{self._limits.requests} of a stream, labels.bytes = {self._limits.bytes} of the tenant, "
+                f"labels.seconds = {self._limits.seconds:g}"
             )
         prediction, known = kept.prediction, kept.labels
         given = _checked(prediction, labels)
@@ -301,6 +305,8 @@ class Predictions:
         if not self._streams[stream]:
             del self._streams[stream]
         self.nbytes -= kept.nbytes
+        if kept.wanted:
+            self.lost.append((kept.prediction, kept.open_rows()))
         for audits in self._counted(stream, kept.wanted):
             audits.expired += kept.wanted
 
