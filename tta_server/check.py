@@ -8,13 +8,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tta_server.drift.benefit import GROUP as BENEFIT
+from tta_server.drift.benefit import UNPREPARED
 from tta_server.drift.reference import GROUP as MONITORING
 from tta_server.engine.report import check_defaults
 from tta_server.engine.source import SourceModel
+from tta_server.settings import GuardSettings
 from tta_server.state.memory import Budget
 
 
-def print_report(models: Mapping[str, SourceModel], budget: Budget, console: Console) -> None:
+def print_report(models: Mapping[str, SourceModel], budget: Budget, guard: GuardSettings, console: Console) -> None:
     """Prints each model's findings and its table of policies, with how many streams of each would fit on the device if
     there were no others. Raises ``ConfigError`` for a default that cannot run."""
     console.print(
@@ -43,6 +46,15 @@ def print_report(models: Mapping[str, SourceModel], budget: Budget, console: Con
         else:
             how = model.prepared[MONITORING]
             console.print(f"  monitoring     compares with {how['images']} clean images of {how['data']}")
+        if not guard.enabled:
+            console.print("  guard          off (guard.enabled): adapted answers are served, whatever comes of it")
+        elif model.judge is UNPREPARED:
+            console.print(
+                "  [yellow]guard[/yellow]          by a rule of thumb that is not fitted to this model; "
+                f"tta-server prepare CONFIG --data CLEAN_LABELLED_IMAGES --only {BENEFIT}"
+            )
+        else:
+            console.print(f"  guard          fitted to this model; guarantee: {guard.guarantee.kind}")
         for name in model.left_alone:
             found = f"{name}: of a type that streams cannot adapt yet; stays as trained"
             console.print(f"  [yellow]left alone[/yellow]     {found}")

@@ -61,7 +61,7 @@ def check_config(config: Config) -> None:
     """Loads the models of a config and says what was found; exits 1 when something is wrong."""
     settings = _settings(config)
     models = app.load_models(settings)
-    check.print_report(models, app.measure_memory(settings, models), Console())
+    check.print_report(models, app.measure_memory(settings, models), settings.guard, Console())
 
 
 @cli.command()

@@ -20,6 +20,7 @@ from tta_server.trust.labels import (
     Accuracy,
     Audits,
     Labelled,
+    LabelStatus,
     LabelTally,
     Limits,
     Prediction,
@@ -76,6 +77,11 @@ class Feedback:
         """By model."""
         self.rejected: dict[str, int] = {}
         """Postings that were refused, by reason."""
+
+    @property
+    def status(self) -> LabelStatus:
+        """For the metrics."""
+        return LabelStatus(self.tallies, self.rejected, self.predictions.audits)
 
     # Answers
 

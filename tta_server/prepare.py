@@ -42,6 +42,7 @@ from tta_server.engine.artefacts import Artefacts, load_artefacts
 from tta_server.engine.norm import Pass
 from tta_server.engine.source import SourceModel, choose_device, load_model
 from tta_server.errors import BadInput, ConfigError
+from tta_server.feedback import CALIBRATION
 from tta_server.policies import load_plugins, make_policy, starting_settings
 from tta_server.settings import choose_model, load_settings
 
@@ -484,6 +485,15 @@ def _make(name: str, source: _Source, console: Console) -> Tensors:
     raise AssertionError(f"the group {name} ended without its tensors")
 
 
+USES = {
+    MONITORING: "drift score and verdict",
+    ESTIMATES: "label-free accuracy",
+    BENEFIT: "guards",
+    CALIBRATION: "prediction sets",
+}
+"""By group, what is not a policy and reads it."""
+
+
 def _table(artefacts: Artefacts, model: SourceModel) -> Table:
     """What there is, and which policies it lets run, under their settings for this model."""
     table = Table("artefacts", "images", "batch", "bytes", "needed by", title=f"artefacts of {model.name}")
@@ -491,7 +501,7 @@ def _table(artefacts: Artefacts, model: SourceModel) -> Table:
     for name, how in artefacts.made.items():
         size = sum(value.nbytes for key, value in artefacts.tensors.items() if key.startswith(f"{name}/"))
         users = ", ".join(policy for policy, wanted in needs.items() if name in wanted)
-        users = {MONITORING: "drift score and verdict", ESTIMATES: "label-free accuracy"}.get(name, users)
+        users = USES.get(name, users)
         table.add_row(name, str(how["images"]), str(how["batch_size"]), f"{size:,}", users or "-")
     for policy, wanted in needs.items():
         if missing := sorted(wanted - artefacts.made.keys()):

@@ -114,7 +114,7 @@ class Service:
             budget=store.budget,
             digests={name: model.digest for name, model in loaded.items()},
             references={name: model.reference is not None for name, model in loaded.items()},
-            feedbacks=[tenant.feedback for tenant in self._tenants.values()],
+            labels=[tenant.feedback.status for tenant in self._tenants.values()],
         )
 
     def history(self, tenant: Tenant) -> History:

@@ -724,3 +724,24 @@ async def test_an_alarm_and_a_change_of_policy_meet(loaded: Loaded) -> None:
         store = server.runner.engine.store
         streams = [server.service.tenant(DEFAULT_TENANT).stream(id) for id in ("s", "fresh")]
         assert same_state(*(store.export(stream.lane, stream) for stream in streams))
+
+
+async def test_many_bad_labels_are_one_fault(server: Server) -> None:
+    """However many they are, they cost the server nothing and the answer is short."""
+    await server.open("s")
+    request = (await server.predict("s", rows(4)))["request"]
+    error = await label(server, request, ["a"] * 300_000, 400)
+    assert "expected as many labels, got 300000" in error["error"]
+    assert len(error["error"]) < 1000
+
+
+async def test_who_may_only_begin_a_stream_anew_does_not_free_it(server: Server) -> None:
+    """Over V2, with the right to predict: guarantee, what was spent of it, and an operator's choice stay."""
+    await server.open("s", guard={"guarantee": {"kind": "budget", "eps": 0.0, "b0": 3.0}})
+    await operate(server, "quarantine")
+    for _ in range(2):
+        answer = await server.infer(rows(4), sequence_id="s", sequence_start=True)
+        assert answer["parameters"]["served"] == "source"
+    told = await server.info("s")
+    assert (told["guard"]["state"], told["guard"]["pinned"]) == ("quarantine", True)
+    assert told["guard_settings"]["guarantee"]["b0"] == 3.0

@@ -38,7 +38,9 @@ class Fleet:
         self.monitor, self.streams = Monitor(1.0), list[Stream]()
         self.watchlist = Watchlist(watched, worst)
         keeping = Keeping(False, "", False, 0, 0, Tally(), None, 0)
-        levels = Levels(0, self.streams, {}, 0, 0, keeping, {"m": "d"}, {"m": True}, Budget(), feedbacks)
+        levels = Levels(
+            0, self.streams, {}, 0, 0, keeping, {"m": "d"}, {"m": True}, Budget(), [one.status for one in feedbacks]
+        )
         self.recorder = PrometheusRecorder(lambda: levels, self.monitor, self.watchlist)
 
     def add(self, *ids: str, tenant: str = "t") -> list[Stream]:

@@ -227,3 +227,29 @@ async def test_a_guard_that_cannot_be_read_is_a_new_one(
         guard = guard_of(stream)
         assert (guard.state, guard.pinned, guard.settings.shadow_rows) == (State.SHADOW, False, 8)
         assert guard.dump() == whole
+
+
+async def test_a_stream_that_is_deleted_while_an_operator_acts_stays_deleted(loaded: Loaded, tmp_path: Path) -> None:
+    """Neither what was asked before brings it back, nor does it keep a later one of its id from being stored."""
+    async with server(loaded, tmp_path) as bench:
+        for number in range(10):
+            bench.tenant.open(f"s{number}")
+            await bench.tenant.predict(MODEL, rows(8), stream=f"s{number}")
+            asked = asyncio.create_task(bench.tenant.operate(f"s{number}", State.FROZEN))
+            await asyncio.sleep(0)
+            await bench.tenant.close(f"s{number}")
+            await asyncio.gather(asked, return_exceptions=True)
+        stream, _ = bench.tenant.open("s0", durability=Durability(mode="sync"))
+        await bench.tenant.settle(stream)
+        assert stream.saved.revision == stream.revision
+    async with server(loaded, tmp_path) as bench:
+        assert [stream.id for stream in bench.tenant.streams()] == ["s0"]
+
+
+async def test_what_an_operator_chose_is_stored_at_once(loaded: Loaded, tmp_path: Path) -> None:
+    """Not only after the steps that a stream may lose in a crash."""
+    async with server(loaded, tmp_path) as bench:
+        stream, _ = bench.tenant.open("s", durability=Durability(mode="async", steps=1000, seconds=3600))
+        await send(bench, 2)
+        await bench.tenant.operate("s", State.QUARANTINE)
+        assert stream.saved.revision == stream.revision

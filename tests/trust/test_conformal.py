@@ -94,10 +94,9 @@ def test_logits_must_fit_their_labels() -> None:
     st.sampled_from([0.005, 0.05, 0.4, 2.0]),
     st.integers(0, 12),
     st.lists(st.tuples(st.sampled_from(["hit", "miss", "random"]), st.integers(0, 1000)), min_size=1, max_size=150),
-    st.booleans(),
 )
 def test_misses_are_bounded_whoever_chooses_the_labels(
-    target: float, gamma: float, delay: int, plan: list[tuple[str, int]], restarts: bool
+    target: float, gamma: float, delay: int, plan: list[tuple[str, int]]
 ) -> None:
     """The adversary sees the set and then takes a class outside or inside, wherever there is one; it hands labels in
     any order, while ``delay`` rows wait."""
@@ -123,10 +122,6 @@ def test_misses_are_bounded_whoever_chooses_the_labels(
             stream.learn(served, np.array([label]))
             missed, labelled = missed + (not served[0, label]), labelled + 1
         check()
-        if restarts:
-            saved = json.loads(json.dumps(stream.dump()))
-            stream = Adaptive(target, gamma)
-            stream.restore(saved)
 
 
 @pytest.mark.parametrize("target", [0.1, 0.4])
@@ -161,14 +156,6 @@ def test_coverage_is_kept_through_a_shift() -> None:
 def test_settings_out_of_range_are_refused(target: float, gamma: float) -> None:
     with pytest.raises(ValueError, match="must be"):
         Adaptive(target, gamma)
-
-
-@pytest.mark.parametrize("change", [{"alpha": None}, {"alpha": float("nan")}, {"missed": 9}, {"labels": "x"}])
-def test_damaged_states_are_refused(change: dict[str, object]) -> None:
-    stream = Adaptive(0.1, 0.1)
-    with pytest.raises(BadInput, match="not a saved conformal state"):
-        stream.restore(stream.dump() | change)
-    assert stream.alpha == 0.1
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 0.5])

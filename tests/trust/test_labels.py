@@ -538,29 +538,6 @@ def test_both_predictors_are_judged_on_the_same_rows_only() -> None:
     assert (total.disagreements, total.adapted_right) == (1, 1)
 
 
-@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 40), max_size=5), st.lists(st.integers(1, 40), max_size=5))
-@settings(deadline=None)
-def test_counts_go_on_after_a_restart(seed: int, before: list[int], after: list[int]) -> None:
-    generator = np.random.default_rng(seed)
-    straight, first, second = Accuracy(), Accuracy(), Accuracy()
-    for rows in before:
-        labelled, _ = labelled_rows(generator, rows, generator.random())
-        straight.update(labelled)
-        first.update(labelled)
-    labelled, _ = labelled_rows(generator, 5)
-    second.update(labelled)
-    second.restore(json.loads(json.dumps(first.dump())))
-    assert second.summary().recent.rows == 0
-    for rows in after:
-        labelled, _ = labelled_rows(generator, rows, generator.random())
-        straight.update(labelled)
-        second.update(labelled)
-    assert second.dump() == straight.dump()
-    assert second.summary().total == straight.summary().total
-    assert second.summary().mean_delay == straight.summary().mean_delay
-    assert second.summary().recent.rows == sum(after)
-
-
 def test_the_window_does_not_grow_in_memory() -> None:
     generator = np.random.default_rng(0)
     accuracy = Accuracy()

@@ -26,9 +26,9 @@ from prometheus_client.registry import Collector
 from tta_server import __version__
 from tta_server.drift.monitor import Monitor, Verdict
 from tta_server.drift.signals import AGREEMENT, BENEFIT, DRIFT, Floats
-from tta_server.feedback import Feedback
 from tta_server.state.keeper import Keeping
 from tta_server.state.memory import Budget
+from tta_server.trust.labels import LabelStatus
 from tta_server.types import Stream
 
 RATIO = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -71,7 +71,7 @@ class Levels:
     """By model, whether the monitor has clean data to compare with."""
     budget: Budget
     """Of the states in memory."""
-    feedbacks: Sequence[Feedback] = ()
+    labels: Sequence[LabelStatus] = ()
     """What labels said, of every tenant."""
 
 

@@ -148,14 +148,14 @@ class LabelsCollector(Collector):
         told = {model: LabelTally() for model in levels.digests}
         refused = dict.fromkeys(REASONS.values(), 0)
         audits = dict.fromkeys(("issued", "answered", "expired"), 0)
-        for feedback in levels.feedbacks:
-            for model, tally in feedback.tallies.items():
+        for status in levels.labels:
+            for model, tally in status.tallies.items():
                 _add(told.setdefault(model, LabelTally()), tally)
-            for error, count in feedback.rejected.items():
+            for error, count in status.rejected.items():
                 reason = REASONS.get(error, "other")
                 refused[reason] = refused.get(reason, 0) + count
             for result in audits:
-                audits[result] += getattr(feedback.predictions.audits, result)
+                audits[result] += getattr(status.audits, result)
         yield from _labels(told)
         rejected = CounterMetricFamily(
             "tta_labels_rejected",

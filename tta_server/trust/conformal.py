@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,20 +96,6 @@ class Adaptive:
     def coverage(self) -> float | None:
         """Share of labelled rows whose set held the class."""
         return 1 - self.missed / self.labels if self.labels else None
-
-    def dump(self) -> dict[str, Any]:
-        """JSON values."""
-        return {"alpha": self.alpha, "labels": self.labels, "missed": self.missed}
-
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Goes on where ``dump`` left off. Raises ``BadInput``."""
-        try:
-            alpha, labels, missed = float(saved["alpha"]), int(saved["labels"]), int(saved["missed"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"this is not a saved conformal state: {error!r}") from error
-        if not (np.isfinite(alpha) and 0 <= missed <= labels):
-            raise BadInput(f"this is not a saved conformal state: {dict(saved)}")
-        self.alpha, self.labels, self.missed = alpha, labels, missed
 
 
 def abstains(sets: Mask) -> Mask:

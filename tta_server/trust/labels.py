@@ -12,9 +12,9 @@ import time
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from sys import getsizeof
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -490,16 +490,6 @@ class Accuracy:
             last_delay=self._last_delay,
         )
 
-    def dump(self) -> dict[str, float | None]:
-        """The counts of all labelled rows, as JSON values. The recent rows are not in it."""
-        return {**asdict(self._total), "delay": self._delay, "last_delay": self._last_delay}
-
-    def restore(self, values: Mapping[str, Any]) -> None:
-        """Goes on from what was dumped; the recent figures start afresh."""
-        self._recent = np.zeros(0, _ROW)
-        self._total = _Counts(**{one.name: values[one.name] for one in fields(_Counts)})
-        self._delay, self._last_delay = values["delay"], values["last_delay"]
-
 
 def _judged(labelled: Labelled) -> NDArray[Any]:
     """The newly labelled rows, as ``_ROW``."""
@@ -595,3 +585,13 @@ class LabelTally:
             self.right[who][1] += right
         self.delays[bisect_left(DELAYS, done.delay)] += 1
         self.delay_seconds += done.delay
+
+
+class LabelStatus(NamedTuple):
+    """What labels did so far, of one tenant, for the metrics."""
+
+    tallies: Mapping[str, LabelTally]
+    """By model."""
+    rejected: Mapping[str, int]
+    """Postings that were refused, by reason."""
+    audits: Audits
