@@ -178,7 +178,7 @@ def test_a_step_that_is_not_kept_is_told(digits: SourceModel, clean: Tensor) -> 
     poison[3, 0, 0, 0] = torch.nan
     stats = step(engine, Tent(), [(good, clean[:16]), (bad, poison)])
     (event,) = stats.events
-    assert (event.kind, event.stream, event.fields) == ("rejected", bad, {"version": 0})
+    assert (event.kind, event.stream, event.fields) == ("rejected", bad, {"version": 0, "reason": "rejected_nonfinite"})
     assert event.origin.request == "request-7"
     assert (good.failures, bad.failures) == (0, 1)
     assert all(np.isfinite(value) for value in engine.monitor.read(bad).values()), "what is not finite does not count"

@@ -262,7 +262,11 @@ async def test_a_step_that_was_not_kept_is_told_with_its_request(
         body = {"inputs": rows(4).tolist()}
         await server.json("POST", PREDICT, json=body, headers={"x-request-id": "number-17"})
         event = (await events.next()).data
-    assert (event["kind"], event["request"], event["fields"]) == ("failed", "number-17", {"version": 0})
+    assert (event["kind"], event["request"], event["fields"]) == (
+        "failed",
+        "number-17",
+        {"version": 0, "reason": "failed"},
+    )
     assert (await told(server))["streams"][0]["failures"] == 1
 
 
