@@ -31,6 +31,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tta_server.trust.guarantees import Audit, Budget, Guarantee, Ledger
+from tta_server.trust.labels import LEAST_LABELS, WIDER, WINDOW, paired
 
 Outcomes = NDArray[np.int64]
 
@@ -171,6 +172,22 @@ GUARANTEES: dict[str, tuple[Callable[[], Guarantee], int | None, float]] = {
 PHASES = {"good": (-0.4, -0.4), "bad": (0.4, 0.4), "good, then bad": (-0.4, 0.4), "bad, then good": (0.4, -0.4)}
 
 
+def helped(times: float, streams: int, rows: int, generator: np.random.Generator) -> float:
+    """Share of streams without a benefit whose labels are ever taken for one, by an interval so many times as wide as
+    that of the newest ``WINDOW`` labelled rows, looked at every 16 rows."""
+    found = 0
+    for _ in range(streams):
+        ws = draw(0.0, rows, generator) * (generator.random(rows) < DIFFERING)
+        adapted, source = np.cumsum(ws < 0), np.cumsum(ws > 0)
+        for end in range(LEAST_LABELS, rows, 16):
+            start = max(0, end - WINDOW)
+            told = paired(int(adapted[end] - adapted[start]), int(source[end] - source[start]), end - start)
+            if told is not None and told.value - times * (told.value - told.low) > 0:
+                found += 1
+                break
+    return found / streams
+
+
 def served(name: str, means: tuple[float, float], generator: np.random.Generator) -> dict[str, float]:
     """Regret under a guarantee: per 100 rows, and the worst window's beyond ``EPS`` a row."""
     make, late, share = GUARANTEES[name]
@@ -205,6 +222,8 @@ def wrong(results: dict[str, Any]) -> Table:
         table.add_row(
             f"audits to an alarm, c = {c}", "just tolerated harm", f"{run['mean']:.0f} ± {run['error']:.0f}", f">= {c}"
         )
+    for times, share in results["helped"].items():
+        table.add_row("labels ever taken for a benefit", f"interval {times} times as wide", f"{100 * share:.1f} %", "-")
     for name, share in results["outside"].items():
         table.add_row("regret outside its interval", name, f"{100 * share:.1f} %", "<= 5 %")
     return table
@@ -293,7 +312,7 @@ def main() -> None:
     count, audits = options.streams, options.audits
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(
-            "streams", total=6 + len(SHARES[1:]) * len(KINDS) + len(MEANS) * (len(SHARES) * len(DELAYS) - 1)
+            "streams", total=8 + len(SHARES[1:]) * len(KINDS) + len(MEANS) * (len(SHARES) * len(DELAYS) - 1)
         )
 
         def done(value: Any) -> Any:
@@ -310,6 +329,9 @@ def main() -> None:
                 f"{kind}, q = {q:g}": done(outside(kind, q, count, audits, generator))
                 for kind in KINDS
                 for q in SHARES[1:]
+            },
+            "helped": {
+                f"{times:g}": done(helped(times, 2 * count, audits, np.random.default_rng(2))) for times in (1.0, WIDER)
             },
             "delays": delays(count, generator, lambda: progress.advance(task)),
             "served": done(

@@ -17,9 +17,9 @@ from torch import Tensor
 from tests.serving import CPU
 from tta_server import damage
 from tta_server.corruptions import CORRUPTIONS
-from tta_server.damage import DAMAGES, FIGURES, MIXTURES, REQUESTS, SIZES, Damage, draw, judge, why_not
+from tta_server.damage import DAMAGES, MIXTURES, REQUESTS, SIZES, Damage, draw, judge, why_not
 from tta_server.demo.data import validation
-from tta_server.drift.benefit import Judge
+from tta_server.drift.benefit import FIGURES, Judge
 from tta_server.engine.source import SourceModel, load_model
 from tta_server.settings import InputSettings, load_settings
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapters.base import BATCH_NORM, Segments
 from tta_server.corruptions import CORRUPTIONS
-from tta_server.drift.benefit import FIGURES, REFEREE, Judge, compare, figures, fit
+from tta_server.drift.benefit import REFEREE, Judge, compare, figures, fit
 from tta_server.drift.signals import Floats, Scores
 from tta_server.engine.norm import Pass
 from tta_server.engine.source import SourceModel
@@ -112,6 +112,3 @@ def _look(model: SourceModel, x: Tensor, labels: Rows) -> tuple[Floats, float]:
     compared = compare(own, np.array([len(x)]), source, referee.classes, np.arange(len(x)))
     gain = float((own.classes == labels).mean() - (source.classes == labels).mean())
     return figures(compared.own, compared.source, compared.counts)[0], gain
-
-
-__all__ = ["DAMAGES", "FIGURES", "REQUESTS", "Damage", "draw", "judge", "why_not"]

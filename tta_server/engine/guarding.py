@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import secrets
 import time
@@ -24,8 +23,6 @@ from tta_server.state.records import Field
 from tta_server.state.store import StateStore
 from tta_server.trust.guard import Action, Guard, Look, Move, Step
 from tta_server.types import Comparison, Event, Job, Lane, Stream
-
-log = logging.getLogger(__name__)
 
 ADAPTED, SOURCE = FIGURES.index("concentration_adapted"), FIGURES.index("concentration_source")
 GOOD_BYTES = 64 * 2**20
