@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from tta_server.drift.signals import Scores
-from tta_server.engine.guarding import Guarding
 from tta_server.engine.source import SourceModel
 from tta_server.errors import Conflict
 from tta_server.settings import LabelSettings
 from tta_server.trust.conformal import Adaptive, Conformal, Sets
-from tta_server.trust.guard import Labels, Look
+from tta_server.trust.guard import Labels, Look, Move
 from tta_server.trust.labels import (
     LEAST_LABELS,
     Accuracy,
@@ -29,7 +28,7 @@ from tta_server.trust.labels import (
     Summary,
     Wanted,
 )
-from tta_server.types import Answer, Comparison, Event, Lane, Stream
+from tta_server.types import Answer, Comparison, Stream
 
 CALIBRATION = "calibration"
 """Artefacts that prediction sets are made with."""
@@ -104,14 +103,6 @@ class Feedback:
                 token=_Token(stream, note),
             ),
         )
-
-    def check_sets(self, source: SourceModel) -> None:
-        """Raises ``Conflict`` where a model cannot make prediction sets."""
-        if not source.source.artefact(CALIBRATION):
-            raise Conflict(
-                f"prediction sets need calibration scores, which model {source.name!r} does not have; run: "
-                f"tta-server prepare CONFIG --data CLEAN_IMAGES --only {CALIBRATION}"
-            )
 
     def _sets(self, stream: Stream, source: SourceModel, scores: Scores) -> Sets | None:
         if stream.guard is None or stream.guard.settings.miscoverage is None:
@@ -215,9 +206,17 @@ class Feedback:
         self._measured.pop(id, None)
 
 
-def settle(guarding: Guarding, lane: Lane, stream: Stream, done: Labelled) -> list[Event]:
-    """Has a stream's guarantee know the labels, on the device thread; returns what its guard did then. ``lane``: where
-    the stream's state is at that time."""
+def check_sets(source: SourceModel) -> None:
+    """Raises ``Conflict`` where a model cannot make prediction sets."""
+    if not source.source.artefact(CALIBRATION):
+        raise Conflict(
+            f"prediction sets need calibration scores, which model {source.name!r} does not have; run: "
+            f"tta-server prepare CONFIG --data CLEAN_IMAGES --only {CALIBRATION}"
+        )
+
+
+def settle(stream: Stream, done: Labelled) -> list[Move]:
+    """Has a stream's guarantee know the labels, on the device thread; returns the moves of its guard that follow."""
     guard, token = stream.guard, done.prediction.token
     assert isinstance(token, _Token)
     note = token.comparison
@@ -227,4 +226,4 @@ def settle(guarding: Guarding, lane: Lane, stream: Stream, done: Labelled) -> li
         source, adapted = int(done.prediction.source[row]), int(done.prediction.adapted[row])
         if source != adapted and min(source, adapted) >= 0:
             guard.guarantee.settle(note.first_row + row, int(source == label) - int(adapted == label))
-    return [guarding.act(lane, stream, move) for move in guard.consider(Look(0, 0))]
+    return guard.consider(Look(0, 0))

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from tta_server.backend import Backend
 from tta_server.errors import BadInput, Conflict, QueueFull, UnknownName
-from tta_server.logs import current
 from tta_server.policies import make_policy, policy_digest, settings_of
 from tta_server.state.portable import Manifest, Portable
 from tta_server.state.records import Damaged, Field, Snapshot
-from tta_server.tenant import STREAM_ID, Backend, Tenant
-from tta_server.types import Event, Lane, Stream
+from tta_server.tenant import STREAM_ID, Tenant
+from tta_server.types import Lane, Stream
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class History:
             await self._tenant.store(stream, (name,))
         finally:
             taken.discard((stream, name))
-        self._tell("marked", stream, mark=name)
+        self._backend.tell_of("marked", stream, mark=name)
         for snapshot in await self.snapshots(id):
             if name in snapshot.marks:
                 return snapshot
@@ -115,7 +115,7 @@ class History:
             return before
 
         before = await self._on_device(stream, go_back)
-        self._tell("rolled_back", stream, version=stream.version, before=before)
+        self._backend.tell_of("rolled_back", stream, version=stream.version, before=before)
         await self._tenant.settle(stream)
         return stream
 
@@ -135,11 +135,10 @@ class History:
             adapt=stream.adapt,
             durability=stream.durability,
             state_bytes=len(dump.data),
-            guard=self._tenant.guard_like(stream),
         )
-        self._tenant.inherit(fork, stream)
+        self._tenant.guards.inherit(fork, stream)
         await self._begin(fork, dump.fields, dump.data, dump.version)
-        self._tell("imported", fork, version=dump.version, of=id)
+        self._backend.tell_of("imported", fork, version=dump.version, of=id)
         return fork
 
     async def export(self, id: str) -> bytes:
@@ -194,7 +193,7 @@ class History:
 
             await self._on_device(stream, put)
             await self._tenant.settle(stream)
-        self._tell("imported", stream, version=manifest.version, of=manifest.stream)
+        self._backend.tell_of("imported", stream, version=manifest.version, of=manifest.stream)
         return stream, is_new
 
     async def _dump(self, stream: Stream) -> _Dump:
@@ -241,7 +240,7 @@ class History:
         self._tenant.check_open(stream)
         results, lane = list[T](), stream.lane
         repository = self._backend.repository
-        self._tenant.check_model(stream)
+        self._backend.source_of(stream)
         done = self._backend.dispatcher.command(stream, lambda: results.append(run(lane)))
         repository.enter(stream.model)  # it stays loaded until then
         done.add_done_callback(lambda done: repository.leave(stream.model))
@@ -254,6 +253,3 @@ class History:
                 return snapshot
         wanted = f"snapshot {name!r}" if name is not None else f"state of version {version}"
         raise UnknownName(f"no {wanted} of stream {id!r} is kept; GET /v1/streams/{id}/snapshots lists what is")
-
-    def _tell(self, kind: str, stream: Stream, **fields: object) -> None:
-        self._backend.tell(Event(kind, stream, fields, current()))

@@ -13,6 +13,7 @@ from functools import lru_cache
 from adapters import Policy
 from adapters.source import SourcePolicy
 from tta_server.access import Access, Room
+from tta_server.backend import Backend
 from tta_server.dispatch import Dispatcher
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.source import SourceModel
@@ -25,7 +26,7 @@ from tta_server.runner import Runner
 from tta_server.settings import Settings
 from tta_server.state.keeper import Keeper, Keeping
 from tta_server.state.records import Damaged, Fenced, Found, InUse, Shutdown, StoreFailed
-from tta_server.tenant import Backend, Tenant
+from tta_server.tenant import Tenant
 from tta_server.types import NOT_STORED, Event, Stream
 
 log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class Service:
         except TtaError as error:
             unusable = str(error)
         stream = record.stream(policy)
-        self.tenant(record.tenant).equip(stream, record.guard)
+        self.tenant(record.tenant).guards.equip(stream, record.guard)
         keeper, tenant = self._backend.keeper, self.tenant(record.tenant)
         if unusable:
             log.error("a stored stream cannot be used", extra={"stream": stream.id, "reason": unusable})

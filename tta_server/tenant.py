@@ -17,53 +17,35 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from torch import Tensor
 
 from adapters import Policy, rng
 from adapters.source import SourcePolicy
-from tta_server.dispatch import Dispatcher, Flight
+from tta_server.backend import Backend, ignore
+from tta_server.dispatch import Flight
 from tta_server.drift.benefit import GROUP as BENEFIT_GROUP
 from tta_server.drift.benefit import UNPREPARED
 from tta_server.drift.estimators import GROUP as ESTIMATES
 from tta_server.drift.monitor import Monitor, Reading
 from tta_server.drift.reference import GROUP as MONITORING
 from tta_server.drift.signals import DISTANCE, DRIFT
-from tta_server.engine.engine import Engine, initial_state
-from tta_server.engine.guarding import make_guard
+from tta_server.engine.engine import initial_state
 from tta_server.engine.report import STEP_FAILS
 from tta_server.engine.source import SourceModel
 from tta_server.engine.threads import in_passing
-from tta_server.errors import BadInput, Conflict, QueueFull, TtaError, Unavailable, UnknownName
-from tta_server.feedback import Feedback, settle
-from tta_server.logs import current
+from tta_server.errors import BadInput, Conflict, QueueFull, Unavailable, UnknownName
+from tta_server.feedback import Feedback
+from tta_server.guards import Guards
 from tta_server.policies import make_policy, settings_of, starting_settings
-from tta_server.repository import Repository
-from tta_server.settings import NAME, Durability, GuardSettings, Settings, TenantSettings, type_and_line
-from tta_server.state.keeper import Keeper
+from tta_server.settings import NAME, Durability, TenantSettings, type_and_line
 from tta_server.state.slots import Layout
-from tta_server.trust.guard import Guard, State
+from tta_server.trust.guard import State
 from tta_server.trust.labels import Labelled
-from tta_server.types import NOT_STORED, NOWHERE, Answer, Comparison, Event, Lane, Origin, Stream
+from tta_server.types import NOT_STORED, NOWHERE, Answer, Lane, Origin, Stream
 
 log = logging.getLogger(__name__)
 
 STREAM_ID = re.compile(NAME)
-
-
-@dataclass(frozen=True)
-class Backend:
-    """What all tenants share."""
-
-    settings: Settings
-    repository: Repository
-    dispatcher: Dispatcher
-    engine: Engine
-    keeper: Keeper
-    tell: Callable[[Event], None]
-    """What happens to streams."""
-    marking: set[tuple[Stream, str]] = field(default_factory=set)
-    """Names of states that are being stored."""
 
 
 @dataclass(eq=False)
@@ -91,6 +73,8 @@ class Tenant:
         self._source_policy = SourcePolicy()
         self.feedback = Feedback(backend.settings.labels)
         """Its answers that can be labelled, and what labels said."""
+        self.guards = Guards(backend)
+        """What can be done with its streams' guards."""
 
     def __len__(self) -> int:
         """Open streams."""
@@ -127,9 +111,9 @@ class Tenant:
         existing = self._streams.get(id)
         if existing is not None and not replace:
             self._confirm(existing.stream, model, policy, settings)
-            wanted = self._guard_settings(existing.stream, guard)
+            wanted = self.guards.settings(existing.stream, guard)
             changed = self._switch(existing.stream, adapt, durability)
-            if self._reguard(existing.stream, wanted) or changed:  # the caller settles it
+            if self.guards.change(existing.stream, wanted) or changed:  # the caller settles it
                 self._touch(existing.stream)
             return existing.stream, False
         source = self._backend.repository.get(model)
@@ -138,16 +122,11 @@ class Tenant:
         self._check_quota(0 if existing else 1, size - (existing.stream.state_bytes if existing else 0))
         stream = self._build(id, source, made, size)
         stream.adapt, stream.durability = adapt is not False, self._durability(durability)
-        if guard is not None:
-            wanted = self._guard_settings(stream, guard)
-            if stream.guard is not None:
-                stream.guard.change(wanted)
+        self.guards.begin(stream, guard, None if existing is None else existing.stream)
         if existing is not None:
-            if stream.guard is not None and existing.stream.guard is not None:
-                stream.guard = existing.stream.guard  # who may only begin it anew gets no other guarantee by that
             self.discard(existing.stream)
         self._enter(stream)
-        self._tell("opened", stream, policy=made.name)
+        self._backend.tell_of("opened", stream, policy=made.name)
         return stream, True
 
     def build(self, id: str, source: SourceModel, policy: Policy) -> Stream:
@@ -274,11 +253,11 @@ class Tenant:
         """
         opened = self._open(id)
         stream, moving = opened.stream, None
-        if guard is not None and stream.guard is None and policy not in (None, SourcePolicy.name):
-            stream.guard = make_guard(self._backend.settings.guard)
-        wanted = self._guard_settings(stream, guard)
+        if guard is not None and policy not in (None, SourcePolicy.name):
+            self.guards.give(stream)
+        wanted = self.guards.settings(stream, guard)
         if policy is not None or settings is not None:
-            source = self._source_of(stream)
+            source = self._backend.source_of(stream)
             if policy in (None, stream.policy.name):
                 made = make_policy(stream.policy.name, {**settings_of(stream.policy), **(settings or {})})
             else:
@@ -286,28 +265,15 @@ class Tenant:
             if made != stream.policy:
                 moving = self._move(opened, source, made)
         changed = self._switch(stream, adapt, durability)
-        if (self._reguard(stream, wanted) or changed) and moving is None:
+        if (self.guards.change(stream, wanted) or changed) and moving is None:
             self._touch(stream)
         return stream, moving is None or await moving
 
     async def operate(self, id: str, state: State | None) -> Stream:
-        """An operator puts the stream's guard into a state, where it stays, or with ``None`` lets it decide again,
-        after the requests so far. Raises ``Conflict`` for a stream without a guard."""
+        """An operator puts the stream's guard into a state, or lets go of it, see :meth:`Guards.operate`; that is
+        stored, where the stream is, when this returns."""
         stream = self.stream(id)
-        guard = stream.guarded
-        if guard is None:
-            need = "its policy needs none" if stream.policy.plain else "turn it on with guard.enabled"
-            raise Conflict(f"stream {id!r} has no guard; {need}")
-        guarding, lane = self._backend.engine.guarding, stream.lane
-
-        def act() -> None:
-            moves = guard.release() if state is None else guard.put(state)
-            for move in moves:
-                self._backend.tell(guarding.act(lane, stream, move))
-            store.touch(stream)
-
-        store = self._backend.engine.store
-        await self._backend.dispatcher.command(stream, act)
+        await self.guards.operate(stream, state)
         if stream.durability.mode != "none" and self._is_current(stream):
             with suppress(Unavailable):  # a crash must not undo it
                 await self.store(stream)
@@ -318,16 +284,7 @@ class Tenant:
         when this returns."""
         stream = self.stream(id)
         done = self.feedback.label(stream, request, labels)
-        if stream.guarded is not None and stream.guarded.guarantee is not None and len(done.rows):
-            guarding, lane = self._backend.engine.guarding, stream.lane
-
-            def settle_labels() -> None:
-                for event in settle(guarding, lane, stream, done):
-                    self._backend.tell(event)
-                store.touch(stream)
-
-            store = self._backend.engine.store
-            await self._backend.dispatcher.command(stream, settle_labels)
+        if await self.guards.learn(stream, done):
             await self.settle(stream)
         return done
 
@@ -351,7 +308,7 @@ class Tenant:
             stream.random_key = key
 
         await self._backend.dispatcher.command(stream, reset)
-        self._tell("reset", stream)
+        self._backend.tell_of("reset", stream)
         return stream
 
     async def settle(self, stream: Stream) -> None:
@@ -367,7 +324,7 @@ class Tenant:
             with suppress(Unavailable):
                 await self.store(stream)
         elif stream.durability.mode == "async":
-            _ignore(self._backend.dispatcher.command(stream, lambda: store.meet(stream)))
+            ignore(self._backend.dispatcher.command(stream, lambda: store.meet(stream)))
 
     async def store(self, stream: Stream, marks: tuple[str, ...] = ()) -> None:
         """Saves a stream, after its requests so far, its state under these names. Raises ``Unavailable`` where the
@@ -401,7 +358,7 @@ class Tenant:
         opened = self._streams.get(stream.id)
         if opened is not None and opened.stream is stream:
             forgotten = asyncio.ensure_future(self._forget(stream, kind))
-            _ignore(forgotten)
+            ignore(forgotten)
 
     # Predictions
 
@@ -448,7 +405,7 @@ class Tenant:
             newest = max([*opened.flights, -1 if last is None else last])
             if number < newest:
                 raise Conflict(f"request number {number} of stream {stream!r} is out of order: {newest} came before")
-        source = self._source_of(opened.stream)
+        source = self._backend.source_of(opened.stream)
         opened.stream.last_seen = time.time()
         wanted = opened.stream.adapt if adapt is None else adapt
 
@@ -466,7 +423,9 @@ class Tenant:
         def remember(answer: Answer | None) -> None:
             if answer is not None and self._is_current(opened.stream):
                 self.feedback.served(opened.stream, source, answer, origin.request)
-                self._give_up()
+                for lost in self.feedback.unanswered():
+                    if self._is_current(lost[0]):
+                        self.guards.give_up(*lost)
             keep(answer)
 
         flight = self._launch(opened.stream, source, policy, x, timeout, priority, origin, remember, number)
@@ -508,30 +467,21 @@ class Tenant:
         done = self._backend.dispatcher.command(stream, lambda: kept.append(engine.move(old, new, stream)))
         # From here on, requests queue behind the move and in the new lane.
         stream.policy, stream.state_bytes = policy, size
-        if stream.guard is None and not policy.plain:
-            stream.guard = make_guard(self._backend.settings.guard)
+        if not policy.plain:
+            self.guards.give(stream)
         repository.enter(source.name)
         done.add_done_callback(lambda done: repository.leave(source.name))
 
         async def told() -> bool:
             await asyncio.shield(done)  # the model is needed until then, also when the client leaves
-            self._tell("changed", stream, policy=policy.name, settings=settings_of(policy), state_kept=kept[0])
+            settings = settings_of(policy)
+            self._backend.tell_of("changed", stream, policy=policy.name, settings=settings, state_kept=kept[0])
             return kept[0]
 
         return told()
 
-    def _source_of(self, stream: Stream) -> SourceModel:
-        """The stream's model. Raises ``Unavailable``, or ``Conflict`` when its weights are not the stream's."""
-        source = self._backend.repository.get(stream.model)
-        if source.digest != stream.digest:
-            raise Conflict(
-                f"stream {stream.id!r} adapted model {stream.model!r} with digest {stream.digest}, but the one that is "
-                f"loaded has {source.digest}; load the former, or reset the stream to start from the latter"
-            )
-        return source
-
     def _build(self, id: str, source: SourceModel, policy: Policy, size: int) -> Stream:
-        return Stream(
+        stream = Stream(
             id=id,
             model=source.name,
             policy=policy,
@@ -541,88 +491,10 @@ class Tenant:
             tenant=self.name,
             durability=self._durability(None),
             state_bytes=size,
-            guard=None if policy.plain else make_guard(self._backend.settings.guard),
         )
-
-    def _give_up(self) -> None:
-        """Has guarantees know which labels will not come any more."""
-        for stream, note, rows in self.feedback.unanswered():
-            guard = stream.guard
-            if guard is None or not self._is_current(stream):
-                continue
-
-            def settle_rows(guard: Guard = guard, note: Comparison = note, rows: list[int] = rows) -> None:
-                if guard.guarantee is not None and note.count is guard.count:
-                    for row in rows:
-                        guard.guarantee.settle(note.first_row + row, None)
-
-            with suppress(Unavailable, QueueFull):
-                _ignore(self._backend.dispatcher.command(stream, settle_rows))
-
-    def _guard_settings(self, stream: Stream, changes: Mapping[str, Any] | None) -> GuardSettings:
-        """The guard's settings of a stream with these changes. Raises ``BadInput``, or ``Conflict`` where the model
-        lacks what they need."""
-        now = self._backend.settings.guard if stream.guard is None else stream.guard.wanted
-        if not changes:
-            return now
-        guarantee = changes.get("guarantee", {})
-        if isinstance(guarantee, dict):
-            guarantee = {**now.guarantee.model_dump(), **guarantee}
-        try:
-            wanted = GuardSettings.model_validate({**now.model_dump(), **changes, "guarantee": guarantee})
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, ("guard", *first["loc"])))
-            raise BadInput(f"{place}: {first['msg']}; got {str(first['input'])[:100]}") from error
-        if stream.guard is None:
-            raise Conflict(f"stream {stream.id!r} has policy {stream.policy.name!r}, which needs no guard")
-        if wanted.miscoverage is not None:
-            self.feedback.check_sets(self._source_of(stream))
-        return wanted
-
-    def _reguard(self, stream: Stream, wanted: GuardSettings) -> bool:
-        """Gives a stream's guard other settings, from the next request on; whether they are others."""
-        guard = stream.guard
-        if guard is None or wanted == guard.wanted:
-            return False
-        guard.wanted = wanted
-        guarding, lane = self._backend.engine.guarding, stream.lane
-
-        def change() -> None:
-            for move in guard.change(wanted):
-                self._backend.tell(guarding.act(lane, stream, move))
-
-        _ignore(self._backend.dispatcher.command(stream, change))
-        self._tell("changed", stream, guard=wanted.model_dump())
-        return True
-
-    @staticmethod
-    def inherit(stream: Stream, before: Stream) -> None:
-        """What an operator, or proof of harm, put a stream into is not undone by a copy of it."""
-        guard, old = stream.guard, before.guard
-        if guard is not None and old is not None and (old.pinned or old.state is State.QUARANTINE):
-            guard.put(old.state)
-            guard.pinned = old.pinned
-
-    def guard_like(self, stream: Stream) -> Guard | None:
-        """A new guard with the settings of a stream's."""
-        return None if stream.guard is None else make_guard(stream.guard.wanted)
-
-    def equip(self, stream: Stream, kept: Mapping[str, Any] | None) -> None:
-        """Gives a stream that was in the store its guard again; without one kept, or where it cannot be read, a new
-        one, which lets it adapt only once there is evidence."""
-        if stream.policy.plain:
-            return
-        stream.guard = make_guard(self._backend.settings.guard)
-        if kept is None:
-            return
-        try:
-            guard = make_guard(GuardSettings.model_validate(kept["settings"]))
-            guard.restore(kept["state"])
-        except (TtaError, ValueError, KeyError, TypeError) as error:
-            log.error("a stored guard cannot be read", extra={"stream": stream.id, "reason": type_and_line(error)})
-        else:
-            stream.guard = guard
+        if not policy.plain:
+            self.guards.give(stream)
+        return stream
 
     def model_for(self, name: str, digest: str) -> SourceModel:
         """The model with this digest, best the one of that name. Raises ``Conflict`` with all digests there are."""
@@ -632,10 +504,6 @@ class Tenant:
                 return self._backend.repository.get(model.name)
         there = ", ".join(f"{model.name!r} with {model.digest}" for model in loaded.values())
         raise Conflict(f"the file is of model {name!r} with digest {digest}; there are: {there or 'none'}")
-
-    def check_model(self, stream: Stream) -> None:
-        """Raises ``Unavailable``, or ``Conflict`` where the model that is loaded is not the one it adapts."""
-        self._source_of(stream)
 
     def _size(self, source: SourceModel, policy: Policy) -> int:
         """Bytes of a stream's state. Raises ``Conflict`` when the policy cannot run on the model.
@@ -687,7 +555,7 @@ class Tenant:
             raise Conflict(f"stream {stream.id!r} belongs to model {stream.model!r}, not to {model!r}")
         if policy is None and settings is None:
             return
-        source = self._source_of(stream)
+        source = self._backend.source_of(stream)
         made = _make_policy(source, policy or stream.policy.name, settings)
         if made.name != stream.policy.name or (settings is not None and made != stream.policy):
             raise Conflict(
@@ -719,22 +587,12 @@ class Tenant:
         changes: dict[str, Any] = {}
         if adapt is not None and adapt != stream.adapt:
             stream.adapt = changes["adapt"] = adapt
-            if stream.guarded is not None:
-                self._toggle(stream, stream.guarded)
+            self.guards.toggle(stream)
         if durability is not None and (durability := self._durability(durability)) != stream.durability:
             stream.durability, changes["durability"] = durability, durability.model_dump()
         if changes:
-            self._tell("changed", stream, **changes)
+            self._backend.tell_of("changed", stream, **changes)
         return bool(changes)
-
-    def _toggle(self, stream: Stream, guard: Guard) -> None:
-        guarding, lane = self._backend.engine.guarding, stream.lane
-
-        def toggle() -> None:
-            for move in guard.toggle():
-                self._backend.tell(guarding.act(lane, stream, move))
-
-        _ignore(self._backend.dispatcher.command(stream, toggle))
 
     def _durability(self, wanted: Durability | None) -> Durability:
         """What is wanted, or the config's; none where nothing outlives the server, which is a ``Conflict`` when more is
@@ -754,10 +612,7 @@ class Tenant:
     def _touch(self, stream: Stream) -> None:
         """Has a change saved that is none of its state."""
         store = self._backend.engine.store
-        _ignore(self._backend.dispatcher.command(stream, lambda: store.touch(stream)))
-
-    def _tell(self, kind: str, stream: Stream, **fields: Any) -> None:
-        self._backend.tell(Event(kind, stream, fields, current()))
+        ignore(self._backend.dispatcher.command(stream, lambda: store.touch(stream)))
 
     def _forget(self, stream: Stream, kind: str = "closed") -> Awaitable[None]:
         """Forgets a stream now; to be awaited for the end of it in the store."""
@@ -767,7 +622,7 @@ class Tenant:
         self._unusable.pop(stream.id, None)
         self._streams.pop(stream.id, None)
         self.feedback.forget(stream.id)
-        self._tell(kind, stream)
+        self._backend.tell_of(kind, stream)
 
         async def forgotten() -> None:
             await dropped
@@ -799,11 +654,6 @@ def check_input(model: SourceModel, x: Tensor, max_rows: int) -> None:
 
 def _make_policy(source: SourceModel, name: str, settings: Mapping[str, Any] | None) -> Policy:
     return make_policy(name, {**starting_settings(name, source.settings), **(settings or {})})
-
-
-def _ignore(future: asyncio.Future[None]) -> None:
-    """Nobody waits for it, and nobody wants its error, such as that the server shuts down."""
-    future.add_done_callback(lambda future: future.cancelled() or future.exception())
 
 
 def _check_id(id: str) -> None:

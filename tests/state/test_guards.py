@@ -189,7 +189,7 @@ async def test_a_stream_from_before_there_were_guards(loaded: Loaded, tmp_path: 
         stream = bench.tenant.stream("s")
         assert stream.version == 3
         assert stream.guarded is None, "as it was stored: not enabled"
-        bench.tenant.equip(stream, None)
+        bench.tenant.guards.equip(stream, None)
         guard = guard_of(stream)
         assert (guard.state, guard.evidence, guard.settings.enabled) == (State.SHADOW, Evidence.UNKNOWN, True)
         assert await send(bench, 2) == ["adapted", "adapted"]
@@ -222,7 +222,7 @@ async def test_a_guard_that_cannot_be_read_is_a_new_one(
             kept = kept | {"state": whole | kept["state"]} if kept["state"] else kept
         guard_of(stream).put(State.ACTIVE)
         with caplog.at_level(logging.ERROR):
-            bench.tenant.equip(stream, kept)
+            bench.tenant.guards.equip(stream, kept)
         assert "a stored guard cannot be read" in caplog.text
         guard = guard_of(stream)
         assert (guard.state, guard.pinned, guard.settings.shadow_rows) == (State.SHADOW, False, 8)
