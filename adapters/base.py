@@ -18,6 +18,7 @@ dimension is the stream, and one forward function. See ``docs/add-a-policy.md``.
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
@@ -89,6 +90,11 @@ class Segments:
         """The stream of each row, ``[N]``."""
         streams = torch.arange(self.streams, device=self._device)
         return torch.repeat_interleave(streams, self.counts, output_size=self.rows)
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """Neighbours with equally many rows: ``(streams, rows of each)``, in order."""
+        return [(len(list(same)), size) for size, same in itertools.groupby(self.sizes)]
 
     def sum(self, rows: Tensor) -> Tensor:
         """Sum ``rows [N, ...]`` within each stream -> ``[S, ...]``, 0 without rows. Differentiable."""

@@ -16,6 +16,7 @@ from rich.text import Text
 
 import adapters
 from tta_server import __version__, app, check, logs, report_card, state_cli
+from tta_server.engine.allocator import keep_memory
 from tta_server.errors import BadInput, ConfigError, TtaError
 from tta_server.policies import check_package_names, describe, load_plugins
 from tta_server.settings import Settings, load_settings
@@ -27,6 +28,12 @@ cli = typer.Typer(
     add_completion=False,
 )
 cli.add_typer(state_cli.commands, name="state")
+
+
+@cli.callback()
+def _prepare() -> None:
+    keep_memory()
+
 
 Config = Annotated[Path, typer.Argument(help="The config file (YAML).", metavar="CONFIG")]
 

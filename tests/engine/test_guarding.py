@@ -110,7 +110,8 @@ class World:
         self.last = self.engine.step(
             Plan(lane, jobs, shed), lambda job, answer: answers.__setitem__(job.stream, answer)
         )
-        self.results = [job.result for job in self.last.jobs]
+        results = {job.stream: job.result for job in self.last.jobs}
+        self.results = [results[stream] for stream, _ in requests if stream in results]
         self.told += [(event.stream.id, event.fields) for event in self.last.events if event.kind == "guard"]
         return [answers[stream] for stream, _ in requests]
 

@@ -66,16 +66,16 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def batch_norm(kind: type[nn.Module] = nn.BatchNorm2d, **settings: Any) -> Any:
+def batch_norm(kind: type[nn.Module] = nn.BatchNorm2d, channels: int = CHANNELS, **settings: Any) -> Any:
     """A trained-looking layer: statistics and affine parameters far from 0 and 1."""
-    layer = kind(CHANNELS, **settings).double().eval()
+    layer = kind(channels, **settings).double().eval()
     with torch.no_grad():
         for index, (name, value) in enumerate((*layer.named_parameters(), *layer.named_buffers())):
             if value.dim():
                 value.copy_(
-                    0.5 + uniform(CHANNELS, seed=index)
+                    0.5 + uniform(channels, seed=index)
                     if "var" in name or "w" in name
-                    else normal(CHANNELS, seed=index)
+                    else normal(channels, seed=index)
                 )
     return layer.requires_grad_(False)
 
@@ -217,11 +217,13 @@ def test_the_median_is_the_value_torch_selects(dtype: torch.dtype, rows: int) ->
             assert torch.equal(one, before)
 
 
+@pytest.mark.parametrize("sizes", [[3, 1, 64, 7], [1] * 16, [2, 2, 2], [1, 1, 4, 8, 8, 256]], ids=str)
+@pytest.mark.parametrize("channels", [4, 24, 32])
 @pytest.mark.parametrize("mode", ["batch", "prior", "median", "median-prior"])
-def test_batch_norm_is_the_same_bit_for_bit_in_any_company(mode: str) -> None:
+def test_batch_norm_is_the_same_bit_for_bit_in_any_company(mode: str, channels: int, sizes: list[int]) -> None:
     """Values, statistics' weights and gradients of a stream in float32, alone and between others."""
-    layer, norm, sizes = batch_norm().float(), NORMS[mode], [3, 1, 64, 7]
-    x, probe = (normal(sum(sizes), CHANNELS, 8, 8, seed=seed).float() for seed in (5, 6))
+    layer, norm = batch_norm(channels=channels).float(), NORMS[mode]
+    x, probe = (normal(sum(sizes), channels, 8, 8, seed=seed).float() for seed in (5, 6))
 
     def run(x: Tensor, probe: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         x = x.clone().requires_grad_()
@@ -309,6 +311,15 @@ def test_batch_norm_of_a_single_value_keeps_the_reference() -> None:
         if norm.running:
             for name in ("running_mean", "running_var"):
                 assert torch.equal(now.statistics[f"bn.{name}"].expand(2, -1), getattr(layer, name).expand(2, -1))
+
+
+def test_batch_norm_keeps_images_in_channels_last() -> None:
+    """Of any company: the layers that follow choose their kernels by the order in memory."""
+    layer = batch_norm().float()
+    for sizes in ([4], [1], [1, 1, 1], [1, 1, 1, 4, 8, 2], [200, 200, 1]):
+        x = normal(sum(sizes), CHANNELS, 8, 8).float().contiguous(memory_format=torch.channels_last)
+        y = streamwise(layer, Pass(Segments(sizes), {}, BATCH_NORM))(x)
+        assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_batch_norm_is_stable_in_float32_far_from_zero() -> None:

@@ -50,6 +50,9 @@ class StreamwiseNetwork:
         """Whether there are some without: then even the source's scores of a row depend on its request."""
         stabilise(self._network)
         self._network.to(device)
+        self._takes_images = len(spec.shape) == 3
+        if self._takes_images:  # convolutions are fastest with a pixel's channels side by side
+            self._network.to(memory_format=torch.channels_last)
         # Torch's fused transformer layers read the norm layers' weights past their forward, and so past the streams'.
         torch.backends.mha.set_fastpath_enabled(False)
         self._features: Tensor | None = None
@@ -82,6 +85,8 @@ class StreamwiseNetwork:
     def _layer_by_layer(self, now: Pass, x: Tensor) -> Output:
         if self._mean is not None and self._std is not None:
             x = (x - self._mean) / self._std
+        if self._takes_images:
+            x = x.contiguous(memory_format=torch.channels_last)
         if now.weights.keys() <= self._of_norms:
             return self._pass(now, x, {})
         return self._loop(now, x)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.base import BATCH_NORM, SOURCE_NORM, Norm, Segments, Tensors
-from tta_server.engine.segment_norm import SegmentBatchNorm, batch_statistics, per_row
+from tta_server.engine.segment_norm import SegmentBatchNorm, batch_statistics, own_batch_norm, per_row
 from tta_server.engine.traced import is_tracing
 
 
@@ -111,6 +111,8 @@ class StreamBatchNorm(StreamNorm):
             mean, var = x.new_zeros(1, self.channels), x.new_ones(1, self.channels)
             norm = replace(BATCH_NORM, median=norm.median)
         y: Tensor
+        if norm == BATCH_NORM and x.is_cpu:
+            return own_batch_norm(x, gamma, beta, mean, var, now.segments, self.eps)
         y, mean, var = SegmentBatchNorm.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
             x, gamma, beta, mean, var, now.segments, norm, self.eps
         )

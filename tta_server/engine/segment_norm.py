@@ -31,10 +31,67 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adapters.base import BATCH_NORM, Norm, Segments
+
+_ALONE = 2**16
+"""Values of a stream from which on it has a call of its own: two copies cost more than that."""
+_REGISTER = 64
+"""Bytes of the widest vector register. What does not fill one is rounded otherwise."""
+
+
+def own_batch_norm(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    reference_mean: Tensor,
+    reference_var: Tensor,
+    segments: Segments,
+    eps: float,
+) -> Tensor:
+    """What :class:`SegmentBatchNorm` computes where each stream is normalised by its batch alone (``BATCH_NORM``), by
+    torch's own kernels for the CPU: ``y`` of the shape of ``x [N, channels, ...]``.
+
+    Streams side by side of equally many rows are folded into channels for one call. These kernels treat each channel by
+    itself, and always get ``[values, channels]``, so a stream's numbers are the same folded, alone and in any company.
+    Small streams whose channels do not fill whole registers, and those with one value per channel, which has no
+    variance, are left to the other.
+    """
+    channels, values = x.shape[1], x[0, 0].numel() if len(x) else 1
+    folds = channels * x.element_size() % _REGISTER == 0
+    parts, row, stream = list[Tensor](), 0, 0
+    for streams, size in segments.runs:
+        is_large = size * values * channels >= _ALONE
+        step = 1 if is_large else streams
+        for first in range(stream, stream + streams, step) if size else ():
+            own = slice(first, first + step)
+            part = x[row : row + step * size] if len(segments.sizes) > step else x
+            scale, shift, mean, var = (
+                one if len(one) == 1 else one[own] for one in (gamma, beta, reference_mean, reference_var)
+            )
+            if size * values > 1 and (is_large or folds):
+                parts.append(_folded_batch_norm(part, scale, shift, step, eps))
+            else:
+                few = Segments([size] * step, x.device)
+                y, _, _ = SegmentBatchNorm.apply(part, scale, shift, mean, var, few, BATCH_NORM, eps)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                parts.append(y.view_as(part).movedim(1, -1).contiguous())
+            row += step * size
+        stream += streams
+    # In this order, as torch.cat would choose another one by the parts' sizes.
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).movedim(-1, 1)
+
+
+def _folded_batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, streams: int, eps: float) -> Tensor:
+    """Batch norm of ``x [streams * n, channels, ...]`` over each stream's ``n`` rows, with channels last."""
+    channels = x.shape[1]
+    last = x.movedim(1, -1)  # of images in channels_last the order in memory
+    folded = last.reshape(streams, -1, channels).transpose(0, 1).reshape(-1, streams * channels)
+    gamma, beta = (one.expand(streams, channels).reshape(-1) for one in (gamma, beta))
+    y = F.batch_norm(folded, None, None, gamma, beta, True, 0.0, eps)
+    return y.view(-1, streams, channels).transpose(0, 1).reshape(last.shape).contiguous()
 
 
 class SegmentBatchNorm(torch.autograd.Function):
