@@ -26,4 +26,4 @@ def keep_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     options = ((ONE_ARENA, ONE), (KEEP, KEPT_BYTES), (AHEAD, AHEAD_BYTES), (NO_MAPS, NONE))
-    return mallopt is not None and all([mallopt(option, value) == 1 for option, value in options])
+    return mallopt is not None and all(mallopt(*option) == 1 for option in options)

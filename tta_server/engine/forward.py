@@ -52,7 +52,7 @@ class StreamwiseNetwork:
         self._network.to(device)
         self._takes_images = len(spec.shape) == 3
         if self._takes_images:  # convolutions are fastest with a pixel's channels side by side
-            self._network.to(memory_format=torch.channels_last)
+            self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its stub
         # Torch's fused transformer layers read the norm layers' weights past their forward, and so past the streams'.
         torch.backends.mha.set_fastpath_enabled(False)
         self._features: Tensor | None = None
