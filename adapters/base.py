@@ -18,7 +18,6 @@ dimension is the stream, and one forward function. See ``docs/add-a-policy.md``.
 from __future__ import annotations
 
 import enum
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
@@ -78,6 +77,7 @@ class Segments:
         self.rows = sum(sizes)
         self.streams = len(sizes)
         self._device = device
+        self._are_single = max(sizes) == self.rows / self.streams == 1
         self._counts_as: dict[torch.dtype, Tensor] = {}
 
     @cached_property
@@ -91,17 +91,19 @@ class Segments:
         streams = torch.arange(self.streams, device=self._device)
         return torch.repeat_interleave(streams, self.counts, output_size=self.rows)
 
-    @cached_property
-    def runs(self) -> list[tuple[int, int]]:
-        """Neighbours with equally many rows: ``(streams, rows of each)``, in order."""
-        return [(len(list(same)), size) for size, same in itertools.groupby(self.sizes)]
-
     def sum(self, rows: Tensor) -> Tensor:
-        """Sum ``rows [N, ...]`` within each stream -> ``[S, ...]``, 0 without rows. Differentiable."""
+        """Sum ``rows [N, ...]`` within each stream -> ``[S, ...]``, 0 without rows. Differentiable.
+
+        Where every stream has one row, these are the rows themselves.
+        """
+        if self._are_single:
+            return rows
         return torch.segment_reduce(rows.contiguous(), "sum", lengths=self.counts, axis=0, unsafe=True)
 
     def mean(self, rows: Tensor) -> Tensor:
         """Average ``rows [N, ...]`` within each stream -> ``[S, ...]``, 0 without rows. Differentiable."""
+        if self._are_single:
+            return rows
         total, counts = self.sum(rows), self.rows_per_stream(rows.dtype)
         if 0 in self.sizes:
             counts = counts.clamp_min(1)
@@ -109,6 +111,8 @@ class Segments:
 
     def spread(self, streams: Tensor) -> Tensor:
         """Give every row its stream's value: ``[S, ...] -> [N, ...]``. Differentiable."""
+        if self._are_single:
+            return streams
         if self.streams == 1:
             return streams.expand(self.rows, *streams.shape[1:])
         return streams.index_select(0, self.of_row)
@@ -197,8 +201,9 @@ class Batch:
     ) -> Output:
         """The model under these weights, ``[S, ...]`` each; those that are missing are the source's.
 
-        ``segments`` says whose the rows ``x`` are where they are not the batch's own, ``norm`` how batch norms
-        normalise where that is not the policy's own way; it is taken as it is, whatever ``statistics`` and
+        ``segments`` says whose the rows ``x`` are where they are not the batch's own: one for each stream, or equally
+        many for each, side by side, normalised each by itself (as several views of a request). ``norm`` says how batch
+        norms normalise where that is not the policy's own way; it is taken as it is, whatever ``statistics`` and
         ``source_rows`` are set to. There must be at least one row.
         """
         return self.network(weights, x, segments or self.segments, norm or self.norm)

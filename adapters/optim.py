@@ -2,7 +2,7 @@
 
 Equal to ``torch.optim.SGD``, ``Adam`` and ``AdamW`` run once per stream. The moments live in a policy's
 ``State.memory`` under ``sgd.m.<key>`` or ``adam.m.<key>`` and ``adam.v.<key>``, the step counter as ``adam.step [S]``.
-Nothing is changed in place.
+Nothing that is given is changed in place.
 
 A stream whose ``active [S]`` entry is false takes no step at all: weights, moments and counter stay, bit for bit. A
 zero gradient is not the same thing, since moments would still decay and move the weights.
@@ -10,6 +10,7 @@ zero gradient is not the same thing, since moments would still decay and move th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +19,10 @@ import torch
 from torch import Tensor
 
 from adapters.base import Tensors
+
+_List = tuple[Tensor, ...] | list[Tensor]
+_SMALL = 4096
+"""Values of all streams in a tensor, on average, below which tensors are worked on side by side, as one."""
 
 
 class Optimiser(Protocol):
@@ -63,17 +68,22 @@ class Sgd:
         memory: Mapping[str, Tensor],
         active: Tensor | None = None,
     ) -> tuple[Tensors, Tensors]:
-        keys, theta, g = _lists(weights, gradients)
-        if self.weight_decay:
-            g = torch._foreach_add(g, theta, alpha=self.weight_decay)
-        new_memory: Tensors = {}
-        direction = g
-        if self.momentum:
-            b = torch._foreach_add(torch._foreach_mul([memory[f"sgd.m.{key}"] for key in keys], self.momentum), g)
-            new_memory = {f"sgd.m.{key}": value for key, value in zip(keys, b, strict=True)}
-            direction = torch._foreach_add(g, b, alpha=self.momentum) if self.nesterov else b
-        moved = torch._foreach_add(theta, direction, alpha=-self.lr)
-        return _where(active, dict(zip(keys, moved, strict=True)), weights), _where(active, new_memory, memory)
+        with torch.no_grad():
+            shelf = _Shelf(weights)
+            theta, g = shelf.put(weights), shelf.put(gradients)
+            if self.weight_decay:
+                g = torch._foreach_add(g, theta, alpha=self.weight_decay)
+            new_memory: Tensors = {}
+            direction = g
+            if self.momentum:
+                b = shelf.put(memory, "sgd.m.")
+                direction = new_b = torch._foreach_mul(b, self.momentum)
+                torch._foreach_add_(new_b, g)
+                if self.nesterov:
+                    direction = torch._foreach_add(g, new_b, alpha=self.momentum)
+                new_memory = shelf.take(_keep(new_b, b, active), "sgd.m.")
+            moved = torch._foreach_add(theta, direction, alpha=-self.lr)
+            return shelf.take(_keep(moved, theta, active)), new_memory
 
 
 @dataclass(frozen=True)
@@ -105,42 +115,68 @@ class Adam:
         memory: Mapping[str, Tensor],
         active: Tensor | None = None,
     ) -> tuple[Tensors, Tensors]:
-        keys, theta, g = _lists(weights, gradients)
-        b1, b2 = self.betas
-        if self.decoupled:
-            theta = torch._foreach_mul(theta, 1 - self.lr * self.weight_decay)
-        elif self.weight_decay:
-            g = torch._foreach_add(g, theta, alpha=self.weight_decay)
-        m = torch._foreach_lerp([memory[f"adam.m.{key}"] for key in keys], g, 1 - b1)
-        v = torch._foreach_mul([memory[f"adam.v.{key}"] for key in keys], b2)
-        torch._foreach_addcmul_(v, g, g, 1 - b2)
-        step = memory[self.counter] + 1
-        # Each stream's own bias corrections; in float64, where 1 - b2^t keeps its digits.
-        size = self.lr / (1 - b1 ** step.double())
-        root = (1 - b2 ** step.double()).sqrt()
-        denominator = torch._foreach_div(torch._foreach_sqrt(v), _per_stream(root, v))
-        torch._foreach_add_(denominator, self.eps)
-        update = torch._foreach_mul(torch._foreach_div(m, denominator), _per_stream(size, m))
-        moved = torch._foreach_sub(theta, update)
-        new_memory = {f"adam.m.{key}": value for key, value in zip(keys, m, strict=True)}
-        new_memory |= {f"adam.v.{key}": value for key, value in zip(keys, v, strict=True)} | {self.counter: step}
-        return _where(active, dict(zip(keys, moved, strict=True)), weights), _where(active, new_memory, memory)
+        with torch.no_grad():
+            shelf = _Shelf(weights)
+            theta, g = shelf.put(weights), shelf.put(gradients)
+            m, v = shelf.put(memory, "adam.m."), shelf.put(memory, "adam.v.")
+            b1, b2 = self.betas
+            start = theta
+            if self.decoupled:
+                start = torch._foreach_mul(theta, 1 - self.lr * self.weight_decay)
+            elif self.weight_decay:
+                g = torch._foreach_add(g, theta, alpha=self.weight_decay)
+            new_m = torch._foreach_lerp(m, g, 1 - b1)
+            new_v = torch._foreach_mul(v, b2)
+            torch._foreach_addcmul_(new_v, g, g, 1 - b2)
+            step = memory[self.counter] + 1
+            # Each stream's own bias corrections; in float64, where 1 - b2^t keeps its digits.
+            t = step.double()
+            size, root = self.lr / (1 - b1**t), (1 - b2**t).sqrt()
+            denominator = torch._foreach_sqrt(new_v)
+            torch._foreach_div_(denominator, _per_stream(root.to(v[0].dtype), v))
+            torch._foreach_add_(denominator, self.eps)
+            update = torch._foreach_div(new_m, denominator)
+            torch._foreach_mul_(update, _per_stream(size.to(m[0].dtype), m))
+            moved = torch._foreach_sub(start, update)
+            new_memory = shelf.take(_keep(new_m, m, active), "adam.m.") | shelf.take(_keep(new_v, v, active), "adam.v.")
+            (new_memory[self.counter],) = _keep([step], [memory[self.counter]], active)
+            return shelf.take(_keep(moved, theta, active)), new_memory
 
 
-def _lists(
-    weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
-) -> tuple[list[str], tuple[Tensor, ...], tuple[Tensor, ...]]:
-    keys = list(weights)
-    return keys, tuple(weights[key].detach() for key in keys), tuple(gradients[key] for key in keys)
+class _Shelf:
+    """How tensors ``[S, ...]`` under these keys are worked on: as they are, or, where they are small, side by side as
+    one ``[S, P]``, since many small operations would take longer than the copies."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._keys = list(weights)
+        self._shapes = [value.shape for value in weights.values()]
+        self._sizes = [math.prod(shape[1:]) for shape in self._shapes]
+        values = sum(self._sizes) * len(next(iter(weights.values())))
+        self._is_one = values <= _SMALL * len(self._keys) and len({value.dtype for value in weights.values()}) == 1
+
+    def put(self, tensors: Mapping[str, Tensor], prefix: str = "") -> _List:
+        values = [tensors[f"{prefix}{key}"] for key in self._keys]
+        if not self._is_one:
+            return values
+        return [torch.cat([one if one.dim() == 2 else one.reshape(len(one), -1) for one in values], 1)]
+
+    def take(self, values: _List, prefix: str = "") -> Tensors:
+        if self._is_one:
+            parts = values[0].split(self._sizes, 1)
+            values = [
+                one if len(shape) == 2 else one.view(shape) for one, shape in zip(parts, self._shapes, strict=True)
+            ]
+        return {f"{prefix}{key}": value for key, value in zip(self._keys, values, strict=True)}
 
 
-def _per_stream(values: Tensor, like: tuple[Tensor, ...]) -> list[Tensor]:
-    """``values [S]`` once per tensor of ``like``, viewed so that they broadcast over ``[S, ...]``, in its dtype."""
-    shaped = {dim: values.to(like[0].dtype).view(-1, *[1] * (dim - 1)) for dim in {one.dim() for one in like}}
+def _per_stream(values: Tensor, like: _List) -> list[Tensor]:
+    """``values [S]`` once per tensor of ``like``, viewed so that they broadcast over ``[S, ...]``."""
+    shaped = {dim: values.view(-1, *[1] * (dim - 1)) for dim in {one.dim() for one in like}}
     return [shaped[one.dim()] for one in like]
 
 
-def _where(active: Tensor | None, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Tensors:
-    if active is None:
-        return dict(new)
-    return {key: torch.where(active.view(-1, *[1] * (value.dim() - 1)), value, old[key]) for key, value in new.items()}
+def _keep(new: _List, old: _List, active: Tensor | None) -> _List:
+    """``new``, but ``old`` in the rows of streams that are not ``active``."""
+    if active is None or (active.is_cpu and active.all()):
+        return new
+    return [torch.where(*values) for values in zip(_per_stream(active, new), new, old, strict=True)]

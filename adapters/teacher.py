@@ -10,6 +10,7 @@ The student's weights are a state's ``weights``, the teacher's are in its ``memo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,8 @@ SETTINGS = {"lr": "[0, inf)", "momentum": "[0, 1)", "teacher_momentum": "[0, 1]"
 IMAGENET = {"optimiser": "sgd", "lr": 0.01, "nesterov": True}
 ANCHORED_IMAGENET = IMAGENET | {"threshold": 0.1, "loss": "symmetric", "restore": 0.001}
 _PREFIX = "teacher."
+_ROOM = 2**17
+"""Values of a stream's inputs up to which several of its augmented views are made at once: larger ones gain nothing."""
 
 
 def start(weights: Mapping[str, Tensor]) -> Tensors:
@@ -147,13 +150,24 @@ class AnchoredTeacher(TeacherPolicy):
             if of_plain.rows:
                 logits[plain] = batch.forward(teacher, x[plain], of_plain).logits
             if of_augmented.rows:
-                rows, total = x[augmented], x.new_zeros(of_augmented.rows, source.num_classes)
-                for k in range(self.augmentations):
-                    random = batch.random.named(f"augment {k}")
-                    seen = augment(rows, of_augmented, source, random, STRONG)
-                    total += batch.forward(teacher, seen, of_augmented).logits
-                logits[augmented] = total / self.augmentations
+                logits[augmented] = self._average(source, teacher, batch, x[augmented], of_augmented)
         return logits, unsure
+
+    def _average(self, source: Source, teacher: Tensors, batch: Batch, x: Tensor, segments: Segments) -> Tensor:
+        """``1/K sum_k teacher(Aug_k(x))_i`` for the rows ``x [N, ...]``; several views to a pass where they are small,
+        each a segment of its own, so that it is normalised by itself."""
+        room = _ROOM // (max(segments.sizes) * math.prod(source.input_shape))
+        every = [f"augment {k}" for k in range(self.augmentations)]
+        total = x.new_zeros(len(x), source.num_classes)
+        for first in range(0, len(every), max(1, room)):
+            names = every[first : first + max(1, room)]
+            views = Segments([size for size in segments.sizes for _ in names], x.device)
+            rows = torch.cat([part.repeat(len(names), 1, 1, 1) for part in x.split(segments.sizes)])
+            seen = augment(rows, views, source, batch.random.named_each(names), STRONG)
+            parts = batch.forward(teacher, seen, views).logits.split(views.sizes)
+            for k in range(len(names)):  # in this order, so that it does not matter how many fit into a pass
+                total += torch.cat(parts[k :: len(names)])
+        return total / self.augmentations
 
     def _unsure(self, batch: Batch) -> Tensor:
         """Whether each stream's mean confidence under the source's weights is below the threshold, ``[S]``."""

@@ -1,9 +1,9 @@
 """A cheap load generator over raw sockets: as little work per request as asyncio allows, to measure the server alone.
 
 *Closed loop*: ``clients`` connections, each sends its next request when the answer to its last one is there. *Open
-loop*: requests arrive at a fixed rate whatever the server does; each takes a free connection, or a new one while there
-are fewer than a limit. Run it in another process than the server. Speaks the little HTTP/1.1 that servers of answers
-with a ``Content-Length`` need; anything else is an error.
+loop*: requests arrive when they are due whatever the server does; each takes a free connection, or a new one while
+there are fewer than a limit. Run it in another process than the server. Speaks the little HTTP/1.1 that servers of
+answers with a ``Content-Length`` need; anything else is an error.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -47,6 +47,8 @@ class Load:
 
     answers: list[Answer] = field(default_factory=list)
     """In the order in which they came."""
+    started: float = 0.0
+    """On ``time.perf_counter``."""
     seconds: float = 0.0
     """How long requests were sent."""
     cpu_seconds: float = 0.0
@@ -63,16 +65,18 @@ def post(path: str, body: bytes, headers: Mapping[str, str] | None = None) -> by
 
 
 async def closed_loop(port: int, make: Make, clients: int, seconds: float) -> Load:
-    """``clients`` connections, each busy with one request at a time for so long."""
+    """``clients`` connections, each busy with one request at a time for so long.
+
+    Connection ``c`` of ``C`` sends the requests ``c``, ``c + C``, ``c + 2 C``, ...
+    """
     connections = [await _connect(port) for _ in range(clients)]
     load, running, over = Load(), len(connections), asyncio.Event()
-    numbers = iter(range(2**63))
 
     def answered(connection: _Connection, answer: Answer) -> None:
         nonlocal running
         load.answers.append(answer)
         if answer.status and time.perf_counter() < end:
-            following = next(numbers)
+            following = answer.number + clients
             connection.send(following, make(following), answered)
             return
         connection.close()
@@ -80,18 +84,22 @@ async def closed_loop(port: int, make: Make, clients: int, seconds: float) -> Lo
         if not running:
             over.set()
 
-    started, cpu = time.perf_counter(), time.process_time()
-    end = started + seconds
-    for connection in connections:
-        first = next(numbers)
+    load.started, cpu = time.perf_counter(), time.process_time()
+    end = load.started + seconds
+    for first, connection in enumerate(connections):
         connection.send(first, make(first), answered)
     await over.wait()
-    load.seconds, load.cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
+    load.seconds, load.cpu_seconds = time.perf_counter() - load.started, time.process_time() - cpu
     return load
 
 
 async def open_loop(port: int, make: Make, rate: float, seconds: float, most_connections: int) -> Load:
     """``rate`` arrivals a second for so long; returns when all that were sent are answered or cut off."""
+    return await on_schedule(port, make, [number / rate for number in range(round(rate * seconds))], most_connections)
+
+
+async def on_schedule(port: int, make: Make, due: Sequence[float], most_connections: int) -> Load:
+    """One arrival at each time in ``due``, seconds from the start, ascending; otherwise as :func:`open_loop`."""
     load, free, tasks = Load(), deque[_Connection](), set[asyncio.Task[None]]()
     waiting, made, over = 0, 0, asyncio.Event()
 
@@ -116,9 +124,9 @@ async def open_loop(port: int, make: Make, rate: float, seconds: float, most_con
         else:
             connection.send(number, make(number), answered, asked)
 
-    started, cpu = time.perf_counter(), time.process_time()
-    for number in range(round(rate * seconds)):
-        ahead = started + number / rate - time.perf_counter()
+    load.started, cpu = time.perf_counter(), time.process_time()
+    for number, moment in enumerate(due):
+        ahead = load.started + moment - time.perf_counter()
         # Late arrivals go at once, but the answers in between must be read.
         await asyncio.sleep(max(ahead, 0.0))
         while free and not free[-1].is_open:
@@ -135,7 +143,7 @@ async def open_loop(port: int, make: Make, rate: float, seconds: float, most_con
             task = asyncio.create_task(send_on_new(number))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
-    load.seconds = time.perf_counter() - started
+    load.seconds = time.perf_counter() - load.started
     while waiting:
         over.clear()
         await over.wait()

@@ -124,7 +124,7 @@ class Server:
         self._keeper = Keeper(SqliteStore(folder), self._measured)
         self._store = StateStore(budget, torch.device("cpu"), self._keeper)
         engine = Engine({model.name: model}, self._store, Monitor(watching.half_life), shadow_ratio=0.0)
-        bounds = Bounds(limits.batch_rows, min(limits.batch_streams, budget.slots))
+        bounds = Bounds(limits.batch_rows or 64, min(limits.batch_streams, budget.slots))
         self._runner = Runner(engine, Scheduler(bounds), Recorders())
         policy = Tent(lr=1e-3)
         self._lane = Lane(model.name, policy, model.digest)

@@ -266,7 +266,9 @@ def make_device(
     budget = Budget(slots, limits.device_bytes or 2**40, limits.host_bytes or 2**40)
     store = StateStore(budget, CPU, keeper, state.idle_seconds, recorder.event)
     engine = Engine(models, store, Monitor(settings.monitor.half_life), settings.monitor.shadow_ratio)
-    scheduler = Scheduler(Bounds(limits.batch_rows, slots, limits.queue_per_stream, limits.queue, limits.shed_share))
+    scheduler = Scheduler(
+        Bounds(limits.batch_rows or 64, slots, limits.queue_per_stream, limits.queue, limits.shed_share)
+    )
     return Device(keeper, store, engine, scheduler, recorder, Runner(engine, scheduler, recorder, clock))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,13 +33,14 @@ from tests.serving import (
     stream_of,
     varied,
 )
-from tta_server.engine.engine import AnswerJob
+from tta_server.engine.engine import AnswerJob, OpenStep
 from tta_server.engine.source import SourceModel
 from tta_server.errors import DeadlineExceeded, QueueFull, StepFailed, Unavailable
 from tta_server.runner import Runner
 from tta_server.scheduler import Bounds, Scheduler
-from tta_server.settings import Settings
-from tta_server.types import Job, Lane, Plan, StepStats, Stream
+from tta_server.settings import Consistency, Settings
+from tta_server.state.records import Shutdown
+from tta_server.types import NOT_STORED, Answer, Job, Lane, Plan, StepStats, Stream
 
 TENT = Tent(lr=LR)
 TENT_LANE = Lane(MODEL, TENT)
@@ -505,14 +508,14 @@ def test_scores_that_are_not_finite_are_an_error_and_adapt_nothing(device: Devic
 
 
 def test_the_thread_survives_an_engine_that_fails(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(plan: Plan, answer: AnswerJob) -> StepStats:
+    def broken(plan: Plan, answer: AnswerJob) -> list[OpenStep]:
         answer(plan.jobs[0], StepFailed("told by the engine"))
         raise ZeroDivisionError("a bug of ours")
 
     device.runner.start()
     gate = hold(device.runner)
     with monkeypatch.context() as patch:
-        patch.setattr(device.engine, "step", broken)
+        patch.setattr(device.engine, "answer", broken)
         endings = [submit(device, stream_of(TENT, id), rows(2)) for id in "abc"]
         gate.open()
         errors = [str(ending.error()) for ending in endings]
@@ -618,6 +621,206 @@ def test_a_request_that_would_wait_in_vain_is_refused_at_once(source: tuple[Sett
     gate.open()
     assert waiting.answer().version == 0
     assert device.runner.drain(TIMEOUT) == 0
+
+
+# Open steps
+
+
+def held_stream(gate: Gate, id: str = "held") -> Stream:
+    """A stream of TENT whose second half is held at the gate, before its way back, where it can be interrupted."""
+    return stream_of(Hooked(after=lambda batch: gate.pass_through()), id)
+
+
+def stale(policy: Policy, id: str = "stale", steps: int = 4) -> Stream:
+    stream = stream_of(policy, id)
+    stream.consistency = Consistency(mode="stale", steps=steps)
+    return stream
+
+
+def test_a_lone_request_is_answered_in_the_midst_of_an_open_step(device: Device) -> None:
+    """One that came while another stream adapts: its answer leaves before that is done, and both adapt."""
+    gate, order = Gate(), list[str]()
+
+    def adapted(step: Step) -> Step:
+        order.append("adapted")
+        return step
+
+    def answered(answer: Answer | None, error: Exception | None) -> None:
+        order.append("answered")
+        ending(answer, error)
+
+    long = stream_of(Hooked(after=lambda batch: gate.pass_through(), result=adapted), "long")
+    lone, ending = stream_of(TENT, "lone"), Ending()
+    device.runner.start()
+    submit(device, long, rows(3)).answer()
+    gate.reached()
+    device.runner.submit(Job(lone, answered, TENT_LANE, rows(2)))
+    gate.open()
+    assert ending.answer().version == 0
+    settle(device)
+    assert order == ["answered", "adapted"]
+    assert (long.version, lone.version) == (1, 1)
+    assert [stats.jobs[0].stream for stats in device.recorder.steps] == [long, lone], "finished in their order"
+
+
+def test_interrupted_streams_end_as_uninterrupted_ones(
+    device: Device, source: tuple[Settings, dict[str, SourceModel]]
+) -> None:
+    """Versions, scores and states, bit for bit."""
+    gate = Gate()
+    held, others = held_stream(gate), [stream_of(TENT, id) for id in "ab"]
+    device.runner.start()
+    first = submit(device, held, rows(3))
+    gate.reached()
+    endings = [submit(device, other, rows(4, seed)) for seed, other in enumerate(others)]
+    gate.open()
+    scores = [first.answer().logits, *(ending.answer().logits for ending in endings)]
+    settle(device)
+    calm = make_device(*source)
+    calm.runner.start()
+    twin, twins = held_stream(gate), [stream_of(TENT, id) for id in "ab"]
+    expected = [submit(calm, twin, rows(3)).answer().logits]
+    settle(calm)
+    assert len(device.recorder.steps) == 2, "the others were merged"
+    pause = hold(calm.runner)
+    endings = [submit(calm, other, rows(4, seed)) for seed, other in enumerate(twins)]
+    pause.open()
+    expected += [ending.answer().logits for ending in endings]
+    settle(calm)
+    assert all(torch.equal(one, other) for one, other in zip(scores, expected, strict=True))
+    for one, other in zip([held, *others], [twin, *twins], strict=True):
+        assert one.version == other.version == 1
+        lanes = Lane(MODEL, one.policy), Lane(MODEL, other.policy)
+        assert same_state(device.state(lanes[0], one), calm.state(lanes[1], other))
+    assert calm.runner.drain(TIMEOUT) == 0
+
+
+def test_a_command_waits_for_open_steps(device: Device) -> None:
+    """Of its own stream and of others, though answers go on leaving."""
+    gate, seen = Gate(), list[int]()
+    held, other = held_stream(gate), stream_of(TENT, "other")
+    device.runner.start()
+    submit(device, held, rows(3)).answer()
+    gate.reached()
+    before = submit(device, other, rows(2))
+    reset = command(device, stream_of(TENT, "third"), lambda: seen.extend([held.version, other.version]))
+    gate.open()
+    assert before.answer().version == 0
+    reset.ended()
+    assert seen == [1, 1]
+
+
+def test_a_drain_finishes_open_steps(device: Device) -> None:
+    """What was answered is learned from; what came into the midst is answered."""
+    gate = Gate()
+    held, other = held_stream(gate), stream_of(TENT, "other")
+    device.runner.start()
+    submit(device, held, rows(3)).answer()
+    gate.reached()
+    waiting = submit(device, other, rows(2))
+    thread, given_up = draining(device, TIMEOUT)
+    gate.open()
+    thread.join(TIMEOUT)
+    assert given_up == [0]
+    assert waiting.answer().version == 0
+    assert (held.version, other.version) == (1, 1)
+    assert not device.runner._open
+    assert not any(states.leased for states in device.store._lanes.values())
+
+
+def test_a_drain_that_is_out_of_time_finishes_open_steps_all_the_same(device: Device) -> None:
+    """And gives up what was not answered."""
+    gate = Gate()
+    held, other = held_stream(gate), stream_of(TENT, "other")
+    device.runner.start()
+    submit(device, held, rows(3)).answer()
+    gate.reached()
+    waiting = submit(device, other, rows(2))
+    thread, given_up = draining(device, 0.0)
+    assert isinstance(waiting.error(), Unavailable)
+    gate.open()
+    thread.join(TIMEOUT)
+    assert given_up == [1]
+    assert (held.version, other.version) == (1, 0)
+    assert device.scheduler.idle
+
+
+def test_a_shutdown_saves_what_open_steps_learned(
+    source: tuple[Settings, dict[str, SourceModel]], tmp_path: Path
+) -> None:
+    settings, models = source
+    device, gate = make_device(varied(settings, state={"folder": str(tmp_path)}), models), Gate()
+    stream = stream_of(TENT)
+    device.keeper.open()
+    device.keeper.start()
+    device.runner.start()
+    device.runner.submit(Job(stream, lambda *_: gate.pass_through(), TENT_LANE, rows(3)))
+    gate.reached()
+    thread, given_up = draining(device, 0.0)
+    gate.open()
+    thread.join(TIMEOUT)
+    assert given_up == [0]
+    assert stream.version == 1
+    assert device.keeper.flush(TIMEOUT)
+    assert (stream.saved.version, stream.unsaved) == (1, 0)
+    device.keeper.close(Shutdown(True))
+
+
+def test_streams_that_came_one_by_one_share_steps_under_load(device: Device) -> None:
+    """32 clients, the next of whom comes when the last one was answered; from then on each asks again at once."""
+    streams, asked, done = [stream_of(TENT, str(number)) for number in range(32)], Counter[Stream](), threading.Event()
+    for stream in streams:
+        stream.durability = NOT_STORED
+
+    def ask(stream: Stream) -> None:
+        asked[stream] += 1
+        x = rows(1, asked[stream])
+        device.runner.submit(Job(stream, lambda answer, error: answered(stream), TENT_LANE, x))
+
+    def answered(stream: Stream) -> None:
+        if len(asked) < 32:
+            ask(streams[len(asked)])
+        elif asked.total() == 32:
+            for one in streams:
+                ask(one)
+        elif asked[stream] < 20:
+            ask(stream)
+        elif asked.total() == 640:
+            done.set()
+
+    device.runner.start()
+    ask(streams[0])
+    assert done.wait(TIMEOUT)
+    settle(device)
+    assert [stream.version for stream in streams] == [20] * 32
+    sizes = [len(step.jobs) for step in device.recorder.steps]
+    assert sizes[:32] == [1] * 32
+    assert min(sizes[40:]) >= 8, sizes
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_stale_stream_is_answered_with_the_version_it_has(device: Device, steps: int) -> None:
+    """In the midst of its own step, up to so many requests; a strict one waits. Both learn the same."""
+    gate, policy = Gate(), Hooked()
+    held = stale(replace(policy, after=lambda batch: gate.pass_through()), steps=max(steps, 1))
+    if not steps:
+        held.consistency = Consistency()
+    device.runner.start()
+    endings = [submit(device, held, rows(3, 0))]
+    gate.reached()
+    endings += [submit(device, held, rows(3, seed)) for seed in range(1, 6)]
+    gate.open()
+    versions = [ending.answer().version for ending in endings]
+    assert versions[: steps + 1] == [0] * (steps + 1)
+    assert versions[steps + 1] == 1
+    assert all(number - version <= steps for number, version in enumerate(versions))
+    settle(device)
+    assert held.version == held.requests == 6
+    strict = stream_of(TENT, "stale")
+    for seed in range(6):
+        submit(device, strict, rows(3, seed)).answer()
+    settle(device)
+    assert same_state(device.state(Lane(MODEL, held.policy), held), device.state(TENT_LANE, strict))
 
 
 def test_no_test_policy_is_registered() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import pytest
@@ -14,6 +15,7 @@ from adapters import Policy
 from tta_server.errors import QueueFull
 from tta_server.policies import make_policy
 from tta_server.scheduler import Bounds, Scheduler
+from tta_server.settings import Consistency
 from tta_server.types import Answer, Job, Lane, Plan, Stream, head_start
 
 TENT, SOURCE = make_policy("tent", {}), make_policy("source", {})
@@ -28,8 +30,10 @@ def nothing() -> None:
     raise AssertionError("the scheduler runs nothing")
 
 
-def make_stream(name: str, policy: Policy = TENT) -> Stream:
-    return Stream(name, "digits", policy, random_key=0, created=0.0)
+def make_stream(name: str, policy: Policy = TENT, stale: int = 0) -> Stream:
+    """Answered from states up to ``stale`` steps behind."""
+    consistency = Consistency(mode="stale", steps=stale) if stale else Consistency()
+    return Stream(name, "digits", policy, random_key=0, created=0.0, consistency=consistency)
 
 
 def request(
@@ -44,8 +48,8 @@ def request(
     return Job(stream, nobody, lane, x, deadline=deadline, arrived=arrived, head_start=start)
 
 
-def command(stream: Stream) -> Job:
-    return Job(stream, nobody, command=nothing)
+def command(stream: Stream, arrived: float = 0.0) -> Job:
+    return Job(stream, nobody, command=nothing, arrived=arrived)
 
 
 def submit(scheduler: Scheduler, *jobs: Job) -> None:
@@ -53,12 +57,28 @@ def submit(scheduler: Scheduler, *jobs: Job) -> None:
         scheduler.submit(job)
 
 
+def taken(scheduler: Scheduler, now: float = 0.0) -> Plan:
+    """The next plan, which there has to be."""
+    plan = scheduler.next_batch(now)
+    assert plan is not None
+    return plan
+
+
 def jobs_of(plan: Plan | None) -> list[Job]:
     assert plan is not None
     return plan.jobs
 
 
-A, B, C = (make_stream(name) for name in "abc")
+def one_by_one(scheduler: Scheduler, now: float = 0.0) -> list[list[Job]]:
+    """The jobs of all plans from now on, each over before the next."""
+    ran = []
+    while (plan := scheduler.next_batch(now)) is not None:
+        ran.append(plan.jobs)
+        scheduler.complete(plan)
+    return ran
+
+
+A, B, C, D = (make_stream(name) for name in "abcd")
 
 
 def test_nothing_to_do() -> None:
@@ -76,8 +96,7 @@ def test_streams_with_networks_of_their_own_run_one_by_one() -> None:
     lane, scheduler = Lane("digits", make_policy("cotta", {})), Scheduler(Bounds())
     first, second = request(A, lane=lane), request(B, lane=lane)
     submit(scheduler, first, second)
-    assert jobs_of(scheduler.next_batch(0.0)) == [first]
-    assert jobs_of(scheduler.next_batch(0.0)) == [second]
+    assert one_by_one(scheduler) == [[first], [second]]
     affine, scheduler = Lane("digits", make_policy("cotta", {"scope": "norm"})), Scheduler(Bounds())
     submit(scheduler, request(A, lane=affine), request(B, lane=affine))
     assert len(jobs_of(scheduler.next_batch(0.0))) == 2
@@ -115,12 +134,12 @@ def test_job_submitted_while_its_stream_is_busy_waits() -> None:
 
 def test_several_plans_run_at_once() -> None:
     """Of different streams; each completes by itself."""
-    scheduler = Scheduler(Bounds(max_streams=1))
-    submit(scheduler, request(A), request(B))
-    first, second = scheduler.next_batch(0.0), scheduler.next_batch(0.0)
-    assert [job.stream for plan in (first, second) for job in jobs_of(plan)] == [A, B]
-    assert first is not None
-    assert second is not None
+    scheduler = Scheduler(Bounds())
+    submit(scheduler, request(A))
+    first = taken(scheduler)
+    submit(scheduler, request(B))
+    second = taken(scheduler)
+    assert [job.stream for plan in (first, second) for job in plan.jobs] == [A, B]
     scheduler.complete(second)
     assert not scheduler.idle
     scheduler.complete(first)
@@ -132,8 +151,7 @@ def test_max_rows_bounds_a_plan() -> None:
     scheduler = Scheduler(Bounds(max_rows=8))
     jobs = [request(A, 3), request(B, 6), request(C, 1)]
     submit(scheduler, *jobs)
-    assert jobs_of(scheduler.next_batch(0.0)) == jobs[:1]
-    assert jobs_of(scheduler.next_batch(0.0)) == jobs[1:]
+    assert one_by_one(scheduler) == [jobs[:1], jobs[1:]]
 
 
 def test_max_rows_may_be_met_exactly() -> None:
@@ -149,15 +167,14 @@ def test_one_job_may_exceed_max_rows() -> None:
     scheduler = Scheduler(Bounds(max_rows=4))
     jobs = [request(A, 9), request(B, 1)]
     submit(scheduler, *jobs)
-    assert jobs_of(scheduler.next_batch(0.0)) == jobs[:1]
-    assert jobs_of(scheduler.next_batch(0.0)) == jobs[1:]
+    assert one_by_one(scheduler) == [jobs[:1], jobs[1:]]
 
 
 def test_max_streams_bounds_a_plan() -> None:
     """A plan holds no more streams than a lane has slots."""
     scheduler = Scheduler(Bounds(max_streams=2))
     submit(scheduler, *(request(stream) for stream in (A, B, C)))
-    assert [len(jobs_of(scheduler.next_batch(0.0))) for _ in range(2)] == [2, 1]
+    assert [len(jobs) for jobs in one_by_one(scheduler)] == [2, 1]
 
 
 def test_a_plan_is_of_one_lane_and_the_oldest_goes_first() -> None:
@@ -329,7 +346,7 @@ def test_an_urgent_job_goes_before_those_of_the_last_second(arrived: float, firs
         patient, urgent = request(A), request(B, lane=lane, arrived=arrived, priority=1)
         submit(scheduler, patient, urgent)
         order = [patient, urgent] if first == "patient" else [urgent, patient]
-        assert [jobs_of(scheduler.next_batch(2.0)) for _ in range(2)] == [[one] for one in order]
+        assert one_by_one(scheduler, 2.0) == [[one] for one in order]
 
 
 def test_a_patient_job_is_served_in_the_end() -> None:
@@ -345,7 +362,7 @@ def test_a_patient_job_is_served_in_the_end() -> None:
         now += 0.5
         submit(scheduler, request(A, arrived=now, priority=1))
     submit(scheduler, request(B, arrived=9.5, priority=1))
-    assert [jobs_of(scheduler.next_batch(9.5))[0].stream for _ in range(3)] == [A, C, B]
+    assert [jobs[0].stream for jobs in one_by_one(scheduler, 9.5)] == [A, C, B]
 
 
 def test_an_urgent_job_does_not_overtake_its_own_stream() -> None:
@@ -460,10 +477,313 @@ def test_a_job_in_a_hurry_sheds_nothing_for_others() -> None:
     plan = scheduler.next_batch(1.51)
     assert plan is not None
     assert plan.shed
+    scheduler.complete(plan)
     submit(scheduler, command(C))
     command_plan = scheduler.next_batch(1e9)
     assert command_plan is not None
     assert (command_plan.lane, command_plan.shed) == (None, False)
+
+
+# Plans that overtake the end of others
+
+
+def test_plans_that_run_together_stay_within_max_rows() -> None:
+    """What fits beside those that run goes, what does not waits for their end; nothing smaller overtakes it."""
+    scheduler = Scheduler(Bounds(max_rows=8))
+    submit(scheduler, request(A, 3))
+    running = taken(scheduler)
+    fits, big, small = request(B, 5), request(C, 4), request(D, 1)
+    submit(scheduler, fits)
+    beside = taken(scheduler)
+    assert beside.jobs == [fits], "eight rows fit into eight"
+    submit(scheduler, big, small)
+    assert scheduler.next_batch(0.0) is None
+    scheduler.complete(running)
+    assert scheduler.next_batch(0.0) is None, "5 and 4 are more than 8"
+    scheduler.complete(beside)
+    assert one_by_one(scheduler) == [[big, small]]
+
+
+def test_a_plan_beside_others_takes_what_room_they_leave() -> None:
+    scheduler = Scheduler(Bounds(max_rows=8))
+    submit(scheduler, request(A, 4))
+    running = taken(scheduler)
+    jobs = [request(B, 3), request(C, 2)]
+    submit(scheduler, *jobs)
+    beside = taken(scheduler)
+    assert beside.jobs == jobs[:1]
+    scheduler.complete(running)
+    assert jobs_of(scheduler.next_batch(0.0)) == jobs[1:]
+
+
+def test_beside_a_job_that_exceeds_max_rows_nothing_runs() -> None:
+    scheduler = Scheduler(Bounds(max_rows=4))
+    submit(scheduler, request(A, 9))
+    running = taken(scheduler)
+    submit(scheduler, later := request(B, 1))
+    assert scheduler.next_batch(0.0) is None
+    scheduler.complete(running)
+    assert jobs_of(scheduler.next_batch(0.0)) == [later]
+
+
+def test_a_job_that_exceeds_max_rows_runs_beside_nothing() -> None:
+    scheduler = Scheduler(Bounds(max_rows=4))
+    submit(scheduler, request(A, 1))
+    running = taken(scheduler)
+    submit(scheduler, big := request(B, 9))
+    assert scheduler.next_batch(0.0) is None
+    scheduler.complete(running)
+    assert jobs_of(scheduler.next_batch(0.0)) == [big]
+
+
+def test_plans_that_run_together_stay_within_max_streams() -> None:
+    """Each of them pins a slot per stream."""
+    scheduler = Scheduler(Bounds(max_streams=3))
+    submit(scheduler, request(A), request(B))
+    running = taken(scheduler)
+    submit(scheduler, request(C), request(D))
+    beside = taken(scheduler)
+    assert [job.stream for job in beside.jobs] == [C]
+    assert scheduler.next_batch(0.0) is None
+    scheduler.complete(running)
+    assert [job.stream for job in jobs_of(scheduler.next_batch(0.0))] == [D]
+
+
+def test_a_late_job_makes_no_way_for_those_behind_it() -> None:
+    """It would have fitted beside what runs; they do not."""
+    scheduler = Scheduler(Bounds(max_rows=8))
+    submit(scheduler, request(A, 5))
+    running = taken(scheduler)
+    late, behind = request(B, 1, deadline=1.0), request(C, 6)
+    submit(scheduler, late, behind)
+    assert scheduler.next_batch(2.0) is None, "11 rows run together"
+    assert scheduler.expired() == [late]
+    scheduler.complete(running)
+    assert jobs_of(scheduler.next_batch(2.0)) == [behind]
+
+
+def test_a_late_job_overtakes_nobody_for_those_behind_it() -> None:
+    """It came before what waits for the end of a plan; they did not."""
+    scheduler = Scheduler(Bounds())
+    submit(scheduler, request(A))
+    running = taken(scheduler)
+    late, held, later = request(B, deadline=3.0), request(A, arrived=1.0), request(C, arrived=2.0)
+    submit(scheduler, late, held, later)
+    assert scheduler.next_batch(4.0) is None
+    assert scheduler.expired() == [late]
+    scheduler.complete(running)
+    assert jobs_of(scheduler.next_batch(4.0)) == [held, later]
+
+
+def test_what_waits_for_a_plan_longer_goes_before_what_came_later() -> None:
+    """Or steady traffic of others would hold it up forever."""
+    scheduler = Scheduler(Bounds())
+    submit(scheduler, request(A))
+    running = taken(scheduler)
+    held, later, earlier = request(A, arrived=1.0), request(B, arrived=2.0), request(C, arrived=0.5)
+    submit(scheduler, held, later)
+    assert scheduler.next_batch(3.0) is None
+    submit(scheduler, earlier)
+    beside = taken(scheduler, 3.0)
+    assert beside.jobs == [earlier, later], "the first of a plan decides"
+    scheduler.complete(running)
+    assert jobs_of(scheduler.next_batch(3.0)) == [held]
+
+
+def test_where_more_wait_for_plans_than_could_go_they_are_waited_for() -> None:
+    """Even by those who came before them, or came urgently: else plans of a few jobs would never be merged again."""
+    scheduler = Scheduler(Bounds())
+    submit(scheduler, request(A), request(B))
+    running = taken(scheduler)
+    held = [request(A, arrived=1.0), request(B, arrived=1.0)]
+    urgent = request(C, arrived=1.0, priority=1)
+    submit(scheduler, *held, urgent)
+    assert scheduler.next_batch(1.0) is None, "two wait, one could go"
+    submit(scheduler, another := request(D, arrived=1.0))
+    beside = taken(scheduler, 1.0)
+    assert beside.jobs == [urgent, another], "two wait, two could go"
+    scheduler.complete(running)
+    assert jobs_of(scheduler.next_batch(1.0)) == held
+
+
+def test_plans_grow_together_again() -> None:
+    """32 streams that came one by one, and ask again as soon as they are answered, share plans in the end."""
+    scheduler, running, sizes = Scheduler(Bounds(max_rows=64)), deque[Plan](), list[int]()
+    for number in range(32):
+        submit(scheduler, request(make_stream(str(number)), arrived=float(number)))
+        running.append(taken(scheduler))
+    submit(scheduler, *(request(plan.jobs[0].stream, arrived=50.0) for plan in running))
+    for turn in range(200):
+        scheduler.complete(running.popleft())
+        while (plan := scheduler.next_batch(100.0)) is not None:
+            running.append(plan)
+            sizes.append(len(plan.jobs))
+            submit(scheduler, *(request(job.stream, arrived=51.0 + turn) for job in plan.jobs))
+    assert min(sizes[10:]) >= 8, sizes
+
+
+# Commands
+
+
+def test_a_command_waits_until_nothing_runs() -> None:
+    """Its stream's own plan, or another's; what came after it waits, too."""
+    for other in (A, B):
+        scheduler = Scheduler(Bounds())
+        submit(scheduler, request(A))
+        running = taken(scheduler)
+        submit(scheduler, reset := command(other), later := request(C, arrived=1.0))
+        assert scheduler.next_batch(1.0) is None
+        scheduler.complete(running)
+        assert jobs_of(scheduler.next_batch(1.0)) == [reset]
+        assert len(scheduler) == 1
+        assert later.stream is C
+
+
+def test_a_step_is_interrupted_by_no_command() -> None:
+    """With ``predictions`` there is a plan of what came before it, and it is not lost."""
+    scheduler = Scheduler(Bounds())
+    reset, earlier = command(B), request(C, arrived=-1.0)
+    submit(scheduler, reset)
+    assert scheduler.next_batch(0.0, predictions=True) is None
+    submit(scheduler, earlier)
+    plan = scheduler.next_batch(0.0, predictions=True)
+    assert jobs_of(plan) == [earlier]
+    assert scheduler.next_batch(0.0, predictions=True) is None
+    assert scheduler.next_batch(0.0) is None
+    assert plan is not None
+    scheduler.complete(plan)
+    assert jobs_of(scheduler.next_batch(0.0)) == [reset]
+
+
+def test_a_command_is_not_put_off_forever() -> None:
+    """Two clients, each of whom asks again in the midst of the other's step: the reset of a third stream runs."""
+    scheduler, running, now = Scheduler(Bounds()), deque[Plan](), 0.0
+    submit(scheduler, request(A))
+    running.append(taken(scheduler))
+    submit(scheduler, reset := command(C, arrived=0.5))
+    for turn in range(50):
+        now += 1.0
+        submit(scheduler, request((B, A)[turn % 2], arrived=now))
+        if (plan := scheduler.next_batch(now, predictions=True)) is not None:
+            running.append(plan)
+        scheduler.complete(running.popleft())
+        while (plan := scheduler.next_batch(now)) is not None and plan.lane is not None:
+            running.append(plan)
+        if plan is not None:
+            assert plan.jobs == [reset]
+            return
+    raise AssertionError(f"{turn + 1} requests went before the command")
+
+
+# Answers from behind
+
+
+def test_a_stale_stream_has_one_step_more_under_way_than_it_may_be_behind() -> None:
+    """And a strict one has one."""
+    for steps in (0, 1, 3):
+        scheduler, stream = Scheduler(Bounds()), make_stream("s", stale=steps)
+        jobs = [request(stream, arrived=float(number)) for number in range(steps + 2)]
+        submit(scheduler, *jobs)
+        plans = [taken(scheduler) for _ in range(steps + 1)]
+        assert [plan.jobs for plan in plans] == [[job] for job in jobs[:-1]]
+        assert [plan.behind for plan in plans] == [False] + [True] * steps
+        assert scheduler.next_batch(0.0) is None
+        scheduler.complete(plans[0])
+        last = taken(scheduler)
+        assert (last.jobs, last.behind) == (jobs[-1:], steps > 0)
+        for plan in (*plans[1:], last):
+            assert not scheduler.idle
+            scheduler.complete(plan)
+        assert scheduler.idle
+
+
+def test_answers_from_behind_share_no_plan_with_others() -> None:
+    """Those come from the states that their steps change."""
+    scheduler, stale = Scheduler(Bounds()), [make_stream(id, stale=2) for id in "st"]
+    first = [request(stream) for stream in stale]
+    submit(scheduler, *first)
+    assert taken(scheduler).jobs == first
+    second, other = [request(stream) for stream in stale], request(A)
+    submit(scheduler, second[0], other, second[1])
+    plans = [taken(scheduler) for _ in range(2)]
+    assert [(plan.jobs, plan.behind) for plan in plans] == [(second, True), ([other], False)]
+
+
+def test_a_job_whose_streams_steps_end_is_behind_no_more() -> None:
+    """It waited for room; by then it is as any other."""
+    scheduler, stale = Scheduler(Bounds(max_rows=4)), make_stream("s", stale=2)
+    submit(scheduler, request(stale, 4))
+    running = taken(scheduler)
+    waiting, other = request(stale, 2), request(A, 2)
+    submit(scheduler, waiting, other)
+    assert scheduler.next_batch(0.0) is None
+    scheduler.complete(running)
+    plan = taken(scheduler)
+    assert (plan.jobs, plan.behind) == ([waiting, other], False)
+
+
+def test_a_job_stays_behind_while_one_step_of_its_stream_is_left() -> None:
+    scheduler, stale = Scheduler(Bounds(max_rows=4)), make_stream("s", stale=2)
+    submit(scheduler, request(stale, 2))
+    first = taken(scheduler)
+    submit(scheduler, request(stale, 1))
+    second = taken(scheduler)
+    submit(scheduler, third := request(stale, 2))
+    assert scheduler.next_batch(0.0) is None, "no room"
+    scheduler.complete(second)
+    plan = taken(scheduler)
+    assert (plan.jobs, plan.behind) == ([third], True)
+    scheduler.complete(first)
+    scheduler.complete(plan)
+    assert scheduler.idle
+
+
+def test_a_command_of_a_stale_stream_waits_for_all_its_steps() -> None:
+    """And the requests behind it wait for the command."""
+    scheduler, stale = Scheduler(Bounds()), make_stream("s", stale=4)
+    submit(scheduler, request(stale), request(stale))
+    plans = [taken(scheduler) for _ in range(2)]
+    reset, after = command(stale), request(stale)
+    submit(scheduler, reset, after)
+    for plan in plans:
+        assert scheduler.next_batch(0.0) is None
+        scheduler.complete(plan)
+    assert one_by_one(scheduler) == [[reset], [after]]
+
+
+def test_what_waits_behind_its_own_stream_can_be_taken_back() -> None:
+    """Whether it could go or had to wait, the next one takes its place."""
+    scheduler, stale = Scheduler(Bounds(max_rows=2)), make_stream("s", stale=1)
+    submit(scheduler, request(stale, 2))
+    running = taken(scheduler)
+    jobs = [request(stale, 1) for _ in range(3)]
+    submit(scheduler, *jobs)
+    assert scheduler.cancel(jobs[0])
+    assert not scheduler.cancel(jobs[0])
+    scheduler.complete(running)
+    first = taken(scheduler)
+    assert (first.jobs, first.behind) == (jobs[1:2], False)
+    second = taken(scheduler)
+    assert (second.jobs, second.behind) == (jobs[2:], True)
+    submit(scheduler, held := request(stale, 1))
+    assert scheduler.cancel(held)
+    scheduler.complete(second)
+    scheduler.complete(first)
+    assert scheduler.idle
+
+
+def test_late_jobs_expire_behind_their_own_stream() -> None:
+    scheduler, stale = Scheduler(Bounds()), make_stream("s", stale=1)
+    submit(scheduler, request(stale))
+    running = taken(scheduler)
+    late, on_time = request(stale, deadline=1.0), request(stale)
+    submit(scheduler, late, on_time)
+    plan = taken(scheduler, 2.0)
+    assert (plan.jobs, plan.behind) == ([on_time], True)
+    assert scheduler.expired() == [late]
+    scheduler.complete(running)
+    scheduler.complete(plan)
+    assert scheduler.idle
 
 
 class ListScheduler:
@@ -472,43 +792,79 @@ class ListScheduler:
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         self.waiting: list[Job] = []
-        self.busy: set[Stream] = set()
+        self.running: list[Plan] = []
         self.expired: list[Job] = []
 
-    def heads(self, taken: set[Stream]) -> list[Job]:
-        """The first waiting job of every stream that is neither busy nor taken, in the order of their turns."""
-        seen, first = self.busy | taken, []
+    @property
+    def busy(self) -> Counter[Stream]:
+        """Steps under way."""
+        return Counter(job.stream for plan in self.running for job in plan.jobs)
+
+    def first(self) -> list[Job]:
+        """The first waiting job of every stream, in the order of their turns."""
+        first: dict[Stream, Job] = {}
         for job in self.waiting:
-            if job.stream not in seen:
-                first.append(job)
-                seen = seen | {job.stream}
-        return sorted(first, key=lambda job: (job.arrived - job.head_start, job.number))
+            first.setdefault(job.stream, job)
+        return sorted(first.values(), key=turn)
+
+    def may_go(self, job: Job) -> bool:
+        """As far as its own stream is concerned."""
+        steps = self.busy[job.stream]
+        return not steps or (job.lane is not None and steps <= job.stream.consistency.bound)
 
     def refuses(self, job: Job) -> bool:
         own = sum(one.stream is job.stream for one in self.waiting)
         full = len(self.waiting) >= self.bounds.in_all or own >= self.bounds.per_stream
         return job.command is None and full
 
-    def choose(self, now: float) -> list[Job]:
-        while heads := self.heads(set()):
-            lane, jobs = heads[0].lane, list[Job]()
-            limit = 1 if lane is None else self.bounds.max_streams
-            while len(jobs) < limit:
-                ready = [job for job in self.heads({job.stream for job in jobs}) if job.lane == lane]
-                if not ready:
+    def has_way(self, job: Job) -> bool:
+        """Beside all that runs."""
+        if not self.running:
+            return True
+        held = [one for one in self.first() if not self.may_go(one)]
+        ready = [one for one in self.first() if self.may_go(one)]
+        rows = sum(one.rows for plan in self.running for one in plan.jobs)
+        return (
+            job.lane is not None
+            and len(held) <= len(ready)
+            and all(turn(job) < turn(one) for one in held)
+            and rows + job.rows <= self.bounds.max_rows
+            and len(self.busy) < self.bounds.max_streams
+        )
+
+    def choose(self, now: float, predictions: bool) -> Plan | None:
+        while ready := [job for job in self.first() if self.may_go(job)]:
+            first = ready[0]
+            if (first.lane is None and predictions) or not self.has_way(first):
+                return None
+            kind, jobs = (first.lane, bool(self.busy[first.stream])), list[Job]()
+            rows = sum(one.rows for plan in self.running for one in plan.jobs)
+            most = 1 if first.lane is None else self.bounds.max_streams - len(self.busy)
+            while len(jobs) < most:
+                chosen = {job.stream for job in jobs}
+                fitting = [job for job in self.first() if self.may_go(job) and job.stream not in chosen]
+                fitting = [job for job in fitting if (job.lane, bool(self.busy[job.stream])) == kind]
+                if not fitting:
                     break
-                job = ready[0]
+                job = fitting[0]
+                if now <= job.deadline and jobs and rows + job.rows > self.bounds.max_rows:
+                    break
+                self.waiting.remove(job)
                 if now > job.deadline:
                     self.expired.append(job)
-                elif jobs and sum(one.rows for one in jobs) + job.rows > self.bounds.max_rows:
-                    break
+                    if not jobs:
+                        break
                 else:
                     jobs.append(job)
-                self.waiting.remove(job)
+                    rows += job.rows
             if jobs:
-                self.busy |= {job.stream for job in jobs}
-                return jobs
-        return []
+                self.running.append(Plan(kind[0], jobs, behind=kind[1]))
+                return self.running[-1]
+        return None
+
+
+def turn(job: Job) -> tuple[float, int]:
+    return job.arrived - job.head_start, job.number
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -516,14 +872,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         max_rows=st.integers(1, 8),
-        max_streams=st.integers(1, 2),
+        max_streams=st.integers(1, 4),
         per_stream=st.integers(1, 4),
         in_all=st.integers(3, 9),
+        stale=st.lists(st.sampled_from([0, 0, 1, 2]), min_size=4, max_size=4),
     )
-    def start(self, max_rows: int, max_streams: int, per_stream: int, in_all: int) -> None:
+    def start(self, max_rows: int, max_streams: int, per_stream: int, in_all: int, stale: list[int]) -> None:
         bounds = Bounds(max_rows, max_streams, per_stream, in_all)
         self.scheduler, self.model = Scheduler(bounds), ListScheduler(bounds)
-        self.streams = [make_stream(name) for name in "abcd"]
+        self.streams = [make_stream(name, stale=steps) for name, steps in zip("abcd", stale, strict=True)]
         self.now = 0
         self.jobs: list[Job] = []
         self.running: list[Plan] = []
@@ -547,9 +904,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(stream=st.integers(0, 3))
     def submit_command(self, stream: int) -> None:
-        job = command(self.streams[stream])
-        job.arrived = self.now
-        self.submit(job)
+        self.submit(command(self.streams[stream], self.now))
 
     def submit(self, job: Job) -> None:
         if self.model.refuses(job):
@@ -564,27 +919,37 @@ class SchedulerMachine(RuleBasedStateMachine):
     def wait(self, seconds: int) -> None:
         self.now += seconds
 
-    @rule()
-    def next_batch(self) -> None:
-        plan, expected = self.scheduler.next_batch(self.now), self.model.choose(self.now)
-        assert (plan.jobs if plan else []) == expected
-        if plan is None:
+    @rule(predictions=st.booleans())
+    def next_batch(self, predictions: bool) -> None:
+        before = self.model.busy
+        plan, expected = self.scheduler.next_batch(self.now, predictions), self.model.choose(self.now, predictions)
+        assert (plan is None) == (expected is None)
+        if plan is None or expected is None:
             return
+        assert (plan.lane, plan.jobs, plan.behind) == (expected.lane, expected.jobs, expected.behind)
         assert {job.lane for job in plan.jobs} == {plan.lane}
+        assert not (predictions and plan.lane is None)
         for job in plan.jobs:
             assert job.deadline >= self.now
+            assert plan.behind == (before[job.stream] > 0)
             self.end(job, "run")
             self.started[job.stream].append(job.number)
+        assert len({job.stream for job in plan.jobs}) == len(plan.jobs), "a stream is twice in one plan"
         self.running.append(plan)
-        streams = [job.stream for one in self.running for job in one.jobs]
-        assert len(streams) == len(set(streams)), "a stream is in two running plans, or twice in one"
+        if len(self.running) > 1:
+            assert plan.lane is not None, "a command runs beside a plan"
+            rows = sum(job.rows for one in self.running for job in one.jobs)
+            assert rows <= self.scheduler.bounds.max_rows, "more rows run together than a step may have"
+        assert len(self.model.busy) <= self.scheduler.bounds.max_streams
+        for stream, steps in self.model.busy.items():
+            assert steps <= stream.consistency.bound + 1, "answered from further behind than it may be"
 
     @precondition(lambda self: self.running)
     @rule(which=st.integers(0, 99))
     def complete(self, which: int) -> None:
-        plan = self.running.pop(which % len(self.running))
-        self.scheduler.complete(plan)
-        self.model.busy -= {job.stream for job in plan.jobs}
+        index = which % len(self.running)
+        self.scheduler.complete(self.running.pop(index))
+        del self.model.running[index]
 
     @precondition(lambda self: self.jobs)
     @rule(which=st.integers(0, 99))
@@ -617,9 +982,24 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def agrees_with_the_list(self) -> None:
         assert len(self.scheduler) == len(self.model.waiting)
-        assert self.scheduler.idle == (not self.model.waiting and not self.model.busy)
+        assert self.scheduler.idle == (not self.model.waiting and not self.model.running)
         for numbers in self.started.values():
             assert numbers == sorted(numbers), "a stream's jobs ran out of order"
+
+    @invariant()
+    def holds_every_streams_first_job_in_its_place(self) -> None:
+        first = self.model.first()
+        held = {job.stream: job for job in first if not self.model.may_go(job)}
+        assert self.scheduler._held == held
+        ready = {kind: sorted(job.number for _, job in heap) for kind, heap in self.scheduler._ready.items()}
+        expected: dict[tuple[Lane | None, bool], list[int]] = {}
+        for job in first:
+            if job.stream not in held:
+                expected.setdefault((job.lane, bool(self.model.busy[job.stream])), []).append(job.number)
+        assert ready == {kind: sorted(numbers) for kind, numbers in expected.items()}
+        for heap in self.scheduler._ready.values():
+            ranks = [rank for rank, _ in heap]
+            assert all(ranks[(place - 1) // 2] <= ranks[place] for place in range(1, len(ranks))), "not a heap"
 
     def teardown(self) -> None:
         """Nothing is forgotten: run to the end, every job has ended in one way."""
@@ -628,14 +1008,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(len(self.jobs) + 1):  # each round starts or expires a job, while there are any
             while self.running:
                 self.complete(0)
-            self.next_batch()
+            self.next_batch(predictions=False)
         self.expired()
         assert self.scheduler.idle
         assert self.ends.keys() == set(self.jobs)
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=80,
+    max_examples=300,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,

@@ -76,7 +76,7 @@ def test_every_value_can_be_set(tmp_path: Path) -> None:
             "file": "tokens.yaml",
         },
         "limits": dict.fromkeys(LimitSettings.model_fields, 7) | {"shed_share": 0.7},
-        "streams": {"unknown_id": "refuse", "default": "shared"},
+        "streams": {"unknown_id": "refuse", "default": "shared", "consistency": {"mode": "stale", "steps": 2}},
         "guard": {
             **dict.fromkeys(GuardSettings.model_fields, 0.5),
             "outliers": 1.5,

@@ -30,11 +30,11 @@ from tests.serving import (
     serving,
     start,
 )
-from tta_server.engine.engine import AnswerJob
+from tta_server.engine.engine import AnswerJob, OpenStep
 from tta_server.errors import BadInput, Conflict, DeadlineExceeded, QueueFull, StepFailed, UnknownName
 from tta_server.policies import settings_of
 from tta_server.tenant import check_input
-from tta_server.types import Lane, Plan, StepStats, Stream
+from tta_server.types import Lane, Plan, Stream
 
 pytestmark = pytest.mark.anyio
 
@@ -58,13 +58,13 @@ async def bench(loaded: Loaded) -> AsyncIterator[Bench]:
 
 def gated_engine(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Gate:
     """Stops the engine inside of its next steps."""
-    gate, real = Gate(), bench.device.engine.step
+    gate, real = Gate(), bench.device.engine.answer
 
-    def step(plan: Plan, answer: AnswerJob) -> StepStats:
+    def step(plan: Plan, answer: AnswerJob) -> list[OpenStep]:
         gate.pass_through()
         return real(plan, answer)
 
-    monkeypatch.setattr(bench.device.engine, "step", step)
+    monkeypatch.setattr(bench.device.engine, "answer", step)
     return gate
 
 
@@ -135,11 +135,11 @@ async def test_unknown_names(bench: Bench) -> None:
 async def test_a_step_that_fails_is_told_and_can_be_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     stream, _ = bench.tenant.open("s")
 
-    def broken(plan: Plan, answer: AnswerJob) -> StepStats:
+    def broken(plan: Plan, answer: AnswerJob) -> list[OpenStep]:
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench.device.engine, "step", broken)
+        patch.setattr(bench.device.engine, "answer", broken)
         with pytest.raises(StepFailed, match="ZeroDivisionError"):
             await bench.tenant.predict(None, rows(2), stream="s", number=5)
     _, replayed = await bench.tenant.predict(None, rows(2), stream="s", number=5)
@@ -335,11 +335,11 @@ async def test_an_error_nobody_waits_for_is_not_reported_as_lost(bench: Bench, m
     bench.tenant.open("s")
     gate = Gate()
 
-    def broken(plan: Plan, answer: AnswerJob) -> StepStats:
+    def broken(plan: Plan, answer: AnswerJob) -> list[OpenStep]:
         gate.pass_through()
         raise ZeroDivisionError
 
-    monkeypatch.setattr(bench.device.engine, "step", broken)
+    monkeypatch.setattr(bench.device.engine, "answer", broken)
     lost = lost_exceptions()
     task = start(bench.tenant.predict(None, rows(4), stream="s", number=1))
     await gate.reached_soon()

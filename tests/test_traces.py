@@ -128,7 +128,7 @@ async def test_a_request_is_one_trace_under_that_of_its_client(traced: Traced, e
     assert identity(second)[0] != TRACE
     assert second.parent is None
     found = children(spans, first)
-    assert list(found) == ["queue", "forward", "adapt", "source_shadow", "monitor"]
+    assert list(found) == ["queue", "forward", "deferred", "adapt", "source_shadow", "monitor"]
     assert {identity(span)[0] for span in found.values()} == {TRACE}
     assert {identity(span)[0] for span in children(spans, second).values()} == {identity(second)[0]}
     assert len({identity(span) for span in spans}) == len(spans)
@@ -275,7 +275,7 @@ async def test_the_client_decides_before_the_ratio_does(
         exporter.clear()
         await predict(server, traceparent=traceparent)
     spans = exporter.get_finished_spans()
-    names = ["queue", "forward", "adapt", "source_shadow", "monitor"]
+    names = ["queue", "forward", "deferred", "adapt", "source_shadow", "monitor"]
     assert [list(children(spans, span)) for span in servers(spans)] == ([names] if sampled else [])
     assert sampled or not [span for span in spans if span.name in names]
 

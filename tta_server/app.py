@@ -28,6 +28,7 @@ from tta_server import __version__, logs, report_card
 from tta_server.access import Access
 from tta_server.drift.monitor import Monitor
 from tta_server.engine.engine import Engine
+from tta_server.engine.merging import best_rows
 from tta_server.engine.report import check_defaults, policy_report
 from tta_server.engine.source import SourceModel, choose_device, load_model
 from tta_server.engine.threads import in_passing
@@ -138,7 +139,7 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
     )
     scheduler = Scheduler(
         Bounds(
-            max_rows=limits.batch_rows,
+            max_rows=limits.batch_rows or in_passing(lambda: max(map(best_rows, models.values()))),
             max_streams=min(limits.batch_streams, budget.slots),
             per_stream=limits.queue_per_stream,
             in_all=limits.queue,

@@ -134,6 +134,7 @@ class History:
             tenant=stream.tenant,
             adapt=stream.adapt,
             durability=stream.durability,
+            consistency=stream.consistency,
             state_bytes=len(dump.data),
         )
         self._tenant.guards.inherit(fork, stream)

@@ -1,7 +1,11 @@
 """The one thread that owns the device: wait for a plan, run it, hand back, again.
 
-Everything that touches models, stream state and monitor happens here, one plan at a time, so none of it needs a lock.
+Everything that touches models, stream state and monitor happens here, one thing at a time, so none of it needs a lock.
 Other threads only submit and cancel.
+
+Answers go first. A step that has answered is *open* until it has adapted; that is done when nobody waits for an answer,
+and interrupted, between two layers of the network, when somebody does. The scheduler says when commits go before
+answers.
 """
 
 from __future__ import annotations
@@ -9,10 +13,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
-from tta_server.engine.engine import Engine
+from tta_server.engine.engine import Engine, OpenStep
 from tta_server.errors import DeadlineExceeded, StepFailed, TtaError, Unavailable
 from tta_server.metrics import Recorder
 from tta_server.scheduler import Scheduler
@@ -28,6 +34,14 @@ MOST_WAIT = 3600.0
 """Seconds that the thread waits at a time when nothing is to be done."""
 
 
+class _Open(NamedTuple):
+    """A plan whose answers have left, and the seconds they took."""
+
+    plan: Plan
+    steps: list[OpenStep]
+    seconds: float
+
+
 class Runner:
     """Runs the scheduler's plans on the engine until it is drained."""
 
@@ -37,6 +51,10 @@ class Runner:
         self.engine, self._scheduler, self.recorder, self._clock = engine, scheduler, recorder, clock
         self._changed = threading.Condition()
         self._admitting, self._stopping = True, False
+        self._open: deque[_Open] = deque()
+        self._interrupting = False
+        self._interrupted = 0.0
+        """Seconds that open steps were interrupted for, in all."""
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
     def start(self) -> None:
@@ -96,27 +114,69 @@ class Runner:
         while True:
             with self._changed:
                 plan, expired = self._next()
-                if plan is None and not expired and not self._stopping:
+                if plan is None and not expired and not self._open and not self._stopping:
                     # Not longer than until something is due, which is not done under the lock.
                     self._changed.wait(min(due, MOST_WAIT))
                     plan, expired = self._next()
                 upcoming = self._scheduler.upcoming() if plan is not None else []
-                if expired:
-                    self._changed.notify_all()  # a drain may wait for them
-            for job in expired:
-                job.done(None, DeadlineExceeded("the request's time was up before its turn came"))
-            if plan is None and not expired and self._stopping:
+            self._expire(expired)
+            if plan is None and not expired and not self._open and self._stopping:
                 self._maintain(self.engine.store.save_all)
                 return
             due = self._maintain(self.engine.store.maintain)
             if plan is not None:
-                started = self._clock()
-                self._run_plan(plan, upcoming)
+                self._begin(plan, upcoming)
+            elif self._open:
+                self._finish(self._open.popleft())
+
+    def _interrupt(self) -> None:
+        """In the midst of a step's second half: answers what came meanwhile."""
+        if self._interrupting or not len(self._scheduler):
+            return
+        self._interrupting, began = True, self._clock()
+        try:
+            while True:
                 with self._changed:
-                    if plan.lane is not None:
-                        self._scheduler.ran(plan, self._clock() - started)
-                    self._scheduler.complete(plan)
-                    self._changed.notify_all()
+                    plan, expired = self._next(predictions=True)
+                self._expire(expired)
+                if plan is None:
+                    return
+                self._begin(plan, [])
+        finally:
+            self._interrupting = False
+            self._interrupted += self._clock() - began
+
+    def _expire(self, expired: list[Job]) -> None:
+        if expired:
+            with self._changed:
+                self._changed.notify_all()  # a drain may wait for them
+        for job in expired:
+            job.done(None, DeadlineExceeded("the request's time was up before its turn came"))
+
+    def _begin(self, plan: Plan, upcoming: list[Job]) -> None:
+        """Answers a plan. It stays open if there is something to adapt, else this is its end."""
+        started = self._clock()
+        steps = self._answer(plan, upcoming)
+        opened = _Open(plan, steps, self._clock() - started)
+        if any(step.learns for step in steps):
+            self._open.append(opened)
+        else:
+            self._finish(opened)
+
+    def _finish(self, opened: _Open) -> None:
+        """The rest of a plan, and its end."""
+        started, before = self._clock(), self._interrupted
+        for step in opened.steps:
+            try:
+                self.recorder.step(self.engine.finish(step, self._interrupt))
+            except Exception:  # a fault of our own: the answers have left
+                log.exception("the engine failed on a plan")
+        outside = self._interrupted - before
+        with self._changed:
+            if opened.plan.lane is not None:
+                self._scheduler.ran(opened.plan, opened.seconds + self._clock() - started - outside)
+            self._scheduler.complete(opened.plan)
+            self._changed.notify_all()
 
     def _maintain(self, maintain: Callable[[], float]) -> float:
         """Runs the store's own work; nothing that fails in it ends the thread."""
@@ -137,12 +197,13 @@ class Runner:
 
         self.engine.store.hold(stream, release)
 
-    def _next(self) -> tuple[Plan | None, list[Job]]:
-        return self._scheduler.next_batch(self._clock()), self._scheduler.expired()
+    def _next(self, predictions: bool = False) -> tuple[Plan | None, list[Job]]:
+        return self._scheduler.next_batch(self._clock(), predictions), self._scheduler.expired()
 
-    def _run_plan(self, plan: Plan, upcoming: list[Job]) -> None:
-        """Runs a plan so that every job's ``done`` is called once and nothing that fails ends the thread. Meanwhile the
-        states of the ``upcoming`` jobs are read ahead."""
+    def _answer(self, plan: Plan, upcoming: list[Job]) -> list[OpenStep]:
+        """Runs a plan's commands, or its first half, so that every job's ``done`` is called once and nothing that fails
+        ends the thread. Meanwhile the states of the ``upcoming`` jobs are read ahead. Returns what is left to do."""
+        steps: list[OpenStep] = []
         open_jobs = set(plan.jobs)
 
         def answer(job: Job, result: Answer | TtaError) -> None:
@@ -159,16 +220,17 @@ class Runner:
                     assert job.command is not None
                     job.command()
             else:
-                self.recorder.step(self.engine.step(plan, answer))
+                steps = self.engine.answer(plan, answer)
         except TtaError as error:  # a command that cannot be done
             for job in list(open_jobs):
                 answer(job, error)
-            return
+            return []
         except Exception as error:  # a fault of our own must cost its requests, not the server
             log.exception("the engine failed on a plan")
             for job in list(open_jobs):
                 answer(job, StepFailed(f"internal error: {type(error).__name__}: {error}"))
-            return
+            return []
         if plan.lane is None:
             for job in plan.jobs:
                 job.done(None, None)
+        return steps

@@ -3,9 +3,12 @@
 No torch, no asyncio, no thread, no clock of its own: callers pass ``now`` (seconds, any monotonic origin) and hold a
 lock if they share it. Invariants, checked by ``tests/test_scheduler.py``:
 
-- a stream has at most one job in running plans, and its jobs run in the order they were submitted;
+- a stream's jobs run in the order they were submitted, and it has at most one in running plans, unless its consistency
+  lets it be answered while steps are not committed yet;
 - a plan holds jobs of one lane, each of another stream, at most ``max_rows`` rows together (one job may exceed it), and
-  one job of a lane whose streams do not merge;
+  one job of a lane whose streams do not merge; all plans that run together do not exceed this either;
+- while plans run, another one goes before their end, unless more jobs wait for that end than could go now, or one has
+  waited longer: then small plans would never be merged again, or it would starve; commands run by themselves;
 - among lanes the one whose oldest ready job came first goes first, so no lane starves; a job's priority moves it by
   seconds, not to the head;
 - a plan is shed (see ``types.Plan``) before its jobs come too late to be answered;
@@ -18,6 +21,7 @@ import heapq
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tta_server.errors import QueueFull
 from tta_server.types import Job, Lane, Plan, Stream
@@ -44,18 +48,30 @@ class Bounds:
     """Adaptation is shed where the oldest job of a plan has waited more than this share of what it may."""
 
 
+class _Kind(NamedTuple):
+    """What may share a plan."""
+
+    lane: Lane | None
+    behind: bool
+    """Its streams have steps that are not over."""
+
+
 class Scheduler:
     """Queues jobs and picks the next plan."""
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         self._queues: dict[Stream, deque[Job]] = {}
-        self._busy: set[Stream] = set()
-        # Ready streams by the lane of their first job, as heaps of (rank, stream's first job).
-        self._ready: dict[Lane | None, list[tuple[tuple[float, int], Job]]] = {}
+        self._busy: dict[Stream, int] = {}
+        """Steps of each stream that are not over."""
+        self._ready: dict[_Kind, list[tuple[tuple[float, int], Job]]] = {}
+        """Streams' first jobs that may run now: heaps of (rank, job)."""
+        self._held: dict[Stream, Job] = {}
+        """Those that wait for the end of a step."""
         self._expired: list[Job] = []
         self._waiting = 0
         self._running = 0
+        self._running_rows = 0
         self._pace = 0.0
 
     def __len__(self) -> int:
@@ -106,56 +122,79 @@ class Scheduler:
             queue = self._queues[job.stream] = deque()
         queue.append(job)
         self._waiting += 1
-        if len(queue) == 1 and job.stream not in self._busy:
-            self._make_ready(job)
+        if len(queue) == 1:
+            self._place(job)
 
     def cancel(self, job: Job) -> bool:
         """Removes a waiting job. False when it is not waiting (any more): it runs, or is done."""
         queue = self._queues.get(job.stream)
         if queue is None or job not in queue:
             return False
-        first = queue[0] is job and job.stream not in self._busy
+        first = queue[0] is job
+        if first:
+            self._displace(job)
         queue.remove(job)
         self._waiting -= 1
         if first:
-            heap = self._ready[job.lane]
-            heap.remove((job.rank, job))
-            heapq.heapify(heap)
-            if not heap:
-                del self._ready[job.lane]
             self._advance(job.stream)
         return True
 
-    def next_batch(self, now: float) -> Plan | None:
-        """The next plan, whose streams are then busy until :meth:`complete`; ``None`` when nothing is ready."""
+    def next_batch(self, now: float, predictions: bool = False) -> Plan | None:
+        """The next plan, which runs until :meth:`complete`; ``None`` when nothing is ready, or plans that run should
+        end first. With ``predictions``, no commands."""
         while self._ready:
-            lane = min(self._ready, key=lambda one: self._ready[one][0][0])
-            jobs = self._take(lane, now)
+            kind = min(self._ready, key=lambda one: self._ready[one][0][0])
+            if (predictions and kind.lane is None) or not self._has_way(self._ready[kind][0][1]):
+                return None
+            jobs = self._take(kind, now)
             if jobs:
-                self._busy.update(job.stream for job in jobs)
-                self._running += 0 if lane is None else len(jobs)
-                return Plan(lane, jobs, self._is_late(jobs[0], now))
+                for job in jobs:
+                    job.behind = self._busy.get(job.stream, 0)
+                    self._busy[job.stream] = job.behind + 1
+                    self._advance(job.stream)
+                if kind.lane is not None:
+                    self._running += len(jobs)
+                    self._running_rows += sum(job.rows for job in jobs)
+                return Plan(kind.lane, jobs, self._is_late(jobs[0], now), kind.behind)
         return None
+
+    def _has_way(self, job: Job) -> bool:
+        """Whether a plan that starts with this job goes before the end of those that run."""
+        if not self._busy or job.lane is None:
+            return not self._busy
+        if self._held:
+            ready = sum(len(heap) for heap in self._ready.values())
+            if len(self._held) > ready or min(one.rank for one in self._held.values()) < job.rank:
+                return False
+        bounds = self.bounds
+        return self._running_rows + job.rows <= bounds.max_rows and len(self._busy) < bounds.max_streams
 
     def upcoming(self) -> list[Job]:
         """The jobs that would likely be the next plan if nothing else came, to prepare for. Takes nothing."""
         if not self._ready:
             return []
-        lane = min(self._ready, key=lambda one: self._ready[one][0][0])
-        most = self.bounds.max_streams if lane is not None and lane.merges else 1
+        kind = min(self._ready, key=lambda one: self._ready[one][0][0])
+        most = self.bounds.max_streams if kind.lane is not None and kind.lane.merges else 1
         # The front of a heap: nearly its smallest.
-        return [job for _, job in sorted(self._ready[lane][: 2 * AHEAD])[: min(most, AHEAD)]]
+        return [job for _, job in sorted(self._ready[kind][: 2 * AHEAD])[: min(most, AHEAD)]]
 
     def _is_late(self, job: Job, now: float) -> bool:
         waited = now - job.arrived
         return waited > PATIENT and waited > self.bounds.shed_share * (job.deadline - job.arrived)
 
     def complete(self, plan: Plan) -> None:
-        """The plan is over: its streams' next jobs become ready."""
-        self._running -= 0 if plan.lane is None else len(plan.jobs)
+        """The plan is over: what waited for its streams becomes ready."""
+        if plan.lane is not None:
+            self._running -= len(plan.jobs)
+            self._running_rows -= sum(job.rows for job in plan.jobs)
         for job in plan.jobs:
-            self._busy.remove(job.stream)
-            self._advance(job.stream)
+            self._busy[job.stream] -= 1
+            if not self._busy[job.stream]:
+                del self._busy[job.stream]
+            queue = self._queues.get(job.stream)
+            if queue:
+                self._displace(queue[0])
+                self._place(queue[0])
 
     def expired(self) -> list[Job]:
         """Jobs whose deadline passed while they waited, each handed out once; the caller tells their owners."""
@@ -165,37 +204,64 @@ class Scheduler:
     def clear(self) -> list[Job]:
         """Removes and returns every waiting job."""
         left = [job for queue in self._queues.values() for job in queue]
-        self._queues = {stream: deque() for stream in self._busy}
-        self._ready, self._waiting = {}, 0
+        self._queues, self._ready, self._held, self._waiting = {}, {}, {}, 0
         return left
 
-    def _take(self, lane: Lane | None, now: float) -> list[Job]:
-        heap, jobs, rows = self._ready[lane], list[Job](), 0
-        most = self.bounds.max_streams if lane is not None and lane.merges else 1
-        while heap and len(jobs) < most:
-            job = heap[0][1]
+    def _take(self, kind: _Kind, now: float) -> list[Job]:
+        """Jobs for a plan; none where the first one, which fits, is late."""
+        jobs, rows = list[Job](), self._running_rows
+        most = self.bounds.max_streams - len(self._busy) if kind.lane is not None and kind.lane.merges else 1
+        while kind in self._ready and len(jobs) < most:
+            job = self._ready[kind][0][1]
             late = now > job.deadline
             if jobs and not late and rows + job.rows > self.bounds.max_rows:
                 break
-            heapq.heappop(heap)
-            self._queues[job.stream].popleft()
-            self._waiting -= 1
+            self._pop(kind)
             if late:
                 self._expired.append(job)
                 self._advance(job.stream)
+                if not jobs:
+                    break
             else:
                 jobs.append(job)
                 rows += job.rows
-        if not heap:
-            del self._ready[lane]
         return jobs
 
+    def _pop(self, kind: _Kind) -> None:
+        """Takes the first job of a kind out of the queues."""
+        _, job = heapq.heappop(self._ready[kind])
+        if not self._ready[kind]:
+            del self._ready[kind]
+        self._queues[job.stream].popleft()
+        self._waiting -= 1
+
     def _advance(self, stream: Stream) -> None:
+        """The stream's first job has left."""
         queue = self._queues[stream]
         if queue:
-            self._make_ready(queue[0])
+            self._place(queue[0])
         else:
             del self._queues[stream]
 
-    def _make_ready(self, job: Job) -> None:
-        heapq.heappush(self._ready.setdefault(job.lane, []), (job.rank, job))
+    def _place(self, job: Job) -> None:
+        """Puts its stream's first job where it belongs."""
+        under_way = self._busy.get(job.stream, 0)
+        if not under_way or (job.lane is not None and under_way <= job.stream.consistency.bound):
+            heapq.heappush(self._ready.setdefault(_Kind(job.lane, under_way > 0), []), (job.rank, job))
+        else:
+            self._held[job.stream] = job
+
+    def _displace(self, job: Job) -> None:
+        """Takes its stream's first job from where it is."""
+        if self._held.pop(job.stream, None) is not None:
+            return
+        kind = next(
+            one
+            for one in (_Kind(job.lane, True), _Kind(job.lane, False))
+            if (job.rank, job) in self._ready.get(one, ())
+        )
+        heap = self._ready[kind]
+        heap.remove((job.rank, job))
+        heapq.heapify(heap)
+        if not heap:
+            del self._ready[kind]

@@ -128,6 +128,21 @@ class Durability(_Settings):
         return {"none": math.inf, "async": max(1, self.steps // 2), "sync": 1}[self.mode]
 
 
+class Consistency(_Settings):
+    """Which state a stream is answered from while steps on its earlier requests are under way."""
+
+    mode: Literal["strict", "stale"] = "strict"
+    """``strict``: the one after them, so a request waits for the steps before it; ``stale``: the last one committed.
+    Either way the steps are the same ones, in the same order: only answers differ."""
+    steps: Annotated[int, Field(ge=1, le=64)] = 4
+    """Of ``stale``: most steps that an answer may be behind; with more under way it waits."""
+
+    @property
+    def bound(self) -> int:
+        """Most steps under way at which a request is answered all the same."""
+        return self.steps if self.mode == "stale" else 0
+
+
 class GuaranteeSettings(_Settings):
     """What a stream is promised of its regret, the errors it is served beyond those of its source model. See
     ``trust/guarantees.py``."""
@@ -234,8 +249,9 @@ class LimitSettings(_Settings):
     """Most clients that follow events or the live page."""
     rows_per_request: Positive = 1024
     """Most samples in one request."""
-    batch_rows: Positive = 64
-    """Most samples merged from several streams into one engine step."""
+    batch_rows: Positive | None = None
+    """Most samples merged from several streams into one engine step. ``null``: as many as pay, as measured at the
+    start."""
     queue: Positive = 4096
     """Most requests waiting in all."""
     queue_per_stream: Positive = 64
@@ -276,6 +292,8 @@ class StreamSettings(_Settings):
     """What a V2 request with a ``sequence_id`` not seen before and without ``sequence_start`` does."""
     default: Name | None = None
     """Id of the stream shared by V2 requests without a ``sequence_id``; without one they get the source model."""
+    consistency: Consistency = Consistency()
+    """Of streams that do not choose their own."""
 
 
 class StateSettings(_Settings):

@@ -362,6 +362,7 @@ def _new(store: SqliteStore, file: Portable, settings: Settings, tenant: str, id
         policy=manifest.policy,
         settings=manifest.settings,
         durability=Durability() if durability.mode == "none" else durability,  # else it would be dropped at the start
+        consistency=settings.streams.consistency,
         random_key=manifest.random_key,
         created=time.time(),
         last_seen=0.0,
@@ -435,6 +436,7 @@ def _facts(found: Found, kept: Sequence[Snapshot]) -> dict[str, Any]:
     return {
         **vars(found.record),
         "durability": found.record.durability.model_dump(),
+        "consistency": found.record.consistency.model_dump(),
         "last_seen": found.record.last_seen or None,
         "revision": found.revision,
         "behind": found.lost,

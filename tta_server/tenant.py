@@ -37,7 +37,7 @@ from tta_server.errors import BadInput, Conflict, QueueFull, Unavailable, Unknow
 from tta_server.feedback import Feedback
 from tta_server.guards import Guards
 from tta_server.policies import make_policy, settings_of, starting_settings
-from tta_server.settings import NAME, Durability, TenantSettings, type_and_line
+from tta_server.settings import NAME, Consistency, Durability, TenantSettings, type_and_line
 from tta_server.state.slots import Layout
 from tta_server.trust.guard import State
 from tta_server.trust.labels import Labelled
@@ -92,17 +92,18 @@ class Tenant:
         durability: Durability | None = None,
         replace: bool = False,
         guard: Mapping[str, Any] | None = None,
+        consistency: Consistency | None = None,
     ) -> tuple[Stream, bool]:
         """Creates the stream ``id``, or confirms one that is the same; with ``replace``, starts it afresh in any case.
 
         Returns the stream and whether it is new.
 
         What is left out is as it is on a stream that exists. On a new one, ``model`` is the only one there is,
-        ``policy`` the model's own, ``adapt`` on, ``durability`` the config's, ``guard`` goes over the config's, and
-        ``settings`` over the model's preset for the policy, that over the policy's defaults. Raises ``BadInput`` for
-        what does not fit,
-        ``UnknownName``, ``Unavailable`` for a model that is not ready, ``Conflict`` when the stream exists otherwise or
-        the policy cannot run on the model, and ``QueueFull`` beyond a limit on streams.
+        ``policy`` the model's own, ``adapt`` on, ``durability`` and ``consistency`` the config's, ``guard`` goes over
+        the config's, and ``settings`` over the model's preset for the policy, that over the policy's defaults. Raises
+        ``BadInput`` for what does not fit, ``UnknownName``, ``Unavailable`` for a model that is not ready, ``Conflict``
+        when the stream exists otherwise or the policy cannot run on the model, and ``QueueFull`` beyond a limit on
+        streams.
         """
         _check_id(id)
         self._check_owner()
@@ -112,7 +113,7 @@ class Tenant:
         if existing is not None and not replace:
             self._confirm(existing.stream, model, policy, settings)
             wanted = self.guards.settings(existing.stream, guard)
-            changed = self._switch(existing.stream, adapt, durability)
+            changed = self._switch(existing.stream, adapt, durability, consistency)
             if self.guards.change(existing.stream, wanted) or changed:  # the caller settles it
                 self._touch(existing.stream)
             return existing.stream, False
@@ -122,6 +123,7 @@ class Tenant:
         self._check_quota(0 if existing else 1, size - (existing.stream.state_bytes if existing else 0))
         stream = self._build(id, source, made, size)
         stream.adapt, stream.durability = adapt is not False, self._durability(durability)
+        stream.consistency = consistency or stream.consistency
         self.guards.begin(stream, guard, None if existing is None else existing.stream)
         if existing is not None:
             self.discard(existing.stream)
@@ -243,6 +245,7 @@ class Tenant:
         settings: Mapping[str, Any] | None = None,
         durability: Durability | None = None,
         guard: Mapping[str, Any] | None = None,
+        consistency: Consistency | None = None,
     ) -> tuple[Stream, bool]:
         """Changes a stream from the next request on; what is left out stays. Returns it and whether its state is kept.
 
@@ -264,7 +267,7 @@ class Tenant:
                 made = _make_policy(source, policy or "", settings)
             if made != stream.policy:
                 moving = self._move(opened, source, made)
-        changed = self._switch(stream, adapt, durability)
+        changed = self._switch(stream, adapt, durability, consistency)
         if (self.guards.change(stream, wanted) or changed) and moving is None:
             self._touch(stream)
         return stream, moving is None or await moving
@@ -490,6 +493,7 @@ class Tenant:
             digest=source.digest,
             tenant=self.name,
             durability=self._durability(None),
+            consistency=self._backend.settings.streams.consistency,
             state_bytes=size,
         )
         if not policy.plain:
@@ -581,15 +585,19 @@ class Tenant:
             raise UnknownName(f"no stream {id!r}; create it with PUT /v1/streams/<id>")
         return self._streams[id]
 
-    def _switch(self, stream: Stream, adapt: bool | None, durability: Durability | None) -> bool:
-        """Turns adaptation on or off, and changes how the stream is stored; what is left out stays. Returns whether
-        anything changed."""
+    def _switch(
+        self, stream: Stream, adapt: bool | None, durability: Durability | None, consistency: Consistency | None
+    ) -> bool:
+        """Turns adaptation on or off, and changes how the stream is stored and whether its requests wait for steps;
+        what is left out stays. Returns whether anything changed."""
         changes: dict[str, Any] = {}
         if adapt is not None and adapt != stream.adapt:
             stream.adapt = changes["adapt"] = adapt
             self.guards.toggle(stream)
         if durability is not None and (durability := self._durability(durability)) != stream.durability:
             stream.durability, changes["durability"] = durability, durability.model_dump()
+        if consistency not in (None, stream.consistency):
+            stream.consistency, changes["consistency"] = consistency, consistency.model_dump()
         if changes:
             self._backend.tell_of("changed", stream, **changes)
         return bool(changes)

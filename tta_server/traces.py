@@ -56,6 +56,7 @@ class Traces:
             ("monitor", stats.monitor_seconds),
             ("source_shadow", stats.shadow_seconds),
             ("adapt", stats.adapt_seconds),
+            ("deferred", stats.deferred_seconds),
             ("forward", stats.forward_seconds),
         ):
             ended, started = started, started - seconds
@@ -68,7 +69,7 @@ class Traces:
                 continue
             attributes = self._attributes(stats, job) | {"tta.step_rows": rows}
             for name, begin, end in (("queue", started - job.queue_seconds, started), *reversed(spans)):
-                if name != "adapt" or job.result not in ("none", "shed"):
+                if name not in ("adapt", "deferred") or job.result not in ("none", "shed"):
                     span = self._tracer.start_span(name, parent, attributes=attributes, start_time=_nanoseconds(begin))
                     span.end(_nanoseconds(end))
 

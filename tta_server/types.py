@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapters import Policy
 from adapters.base import Scope
-from tta_server.settings import Durability
+from tta_server.settings import Consistency, Durability
 from tta_server.trust.conformal import Sets
 from tta_server.trust.guard import Guard
 
@@ -47,6 +47,7 @@ class Saved(NamedTuple):
 
 
 DEFAULT_DURABILITY = Durability()
+DEFAULT_CONSISTENCY = Consistency()
 NOT_STORED = Durability(mode="none")
 NEVER_SAVED = Saved(0, 0, 0, 0, 0.0)
 
@@ -56,10 +57,10 @@ class Stream:
     """One client's ordered sequence of requests.
 
     Compared by identity: a stream that was deleted and one later opened under the same ``id`` are two. The service
-    changes ``policy``, ``digest``, ``adapt``, ``durability``, ``state_bytes`` and ``last_seen``, and the keeper
-    ``saved``. ``version`` (number of committed steps since the start or the last reset), ``requests`` (answered so
-    far), ``adapted`` (how many of these by its policy, not the plain source model), ``failures`` (steps that were not
-    kept) and all else are changed by the device thread alone.
+    changes ``policy``, ``digest``, ``adapt``, ``durability``, ``consistency``, ``state_bytes`` and ``last_seen``, and
+    the keeper ``saved``. ``version`` (number of committed steps since the start or the last reset), ``requests``
+    (answered so far), ``adapted`` (how many of these by its policy, not the plain source model), ``failures`` (steps
+    that were not kept) and all else are changed by the device thread alone.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Stream:
     """Whose it is."""
     adapt: bool = True
     durability: Durability = DEFAULT_DURABILITY
+    consistency: Consistency = DEFAULT_CONSISTENCY
     state_bytes: int = 0
     """Of its state, which it has from its first step on."""
     last_seen: float = 0.0
@@ -176,6 +178,8 @@ class Answer:
     is not stored."""
     lost: int = 0
     """Changes that the stream lost, told for the first time."""
+    behind: int = 0
+    """Steps on earlier requests that this version does not have yet, see ``Consistency``."""
     request: str = ""
     """Id of the request that it was first given to."""
     served: str = "adapted"
@@ -227,6 +231,8 @@ class Job:
     origin: Origin = NOWHERE
     request_number: int | None = None
     """The client's, for retries."""
+    behind: int = 0
+    """Steps of its stream that were not committed yet when its turn came."""
     number: int = field(default_factory=lambda: next(_job_numbers))
 
     @property
@@ -247,6 +253,8 @@ class Plan:
     jobs: list[Job]
     shed: bool = False
     """Under pressure: the step ends with its answers, and nothing is learned."""
+    behind: bool = False
+    """These streams have steps that are not committed yet: they are answered from the last committed one."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +275,8 @@ class JobStats:
     origin: Origin = NOWHERE
     served: str = "adapted"
     """Whose answer it got, see :class:`Answer`."""
+    behind: int = 0
+    """Likewise."""
 
 
 EVENTS = (
@@ -311,6 +321,8 @@ class StepStats:
     events: list[Event] = field(default_factory=list)
     monitor_failed: bool = False
     """Whether measuring went wrong, which costs the step nothing."""
+    deferred_seconds: float = 0.0
+    """Since the answers had left, while other streams were answered."""
 
 
 @dataclass(slots=True)

@@ -148,6 +148,24 @@ def adaptation() -> Dashboard:
             "Trust": trust(),
             "Adaptation": [
                 graph(
+                    "Adaptation waits for answers",
+                    "From an adapting step's answers to its commit, without its own work: requests of other streams "
+                    "went first.",
+                    "s",
+                    *quantiles(rate("tta_adaptation_deferred_seconds_bucket"), 0.5, 0.99),
+                    span=12,
+                ),
+                graph(
+                    "Stale answers",
+                    "Share of the samples that were answered while steps on their stream's earlier requests were under "
+                    "way. Only streams of consistency stale get such answers.",
+                    "percentunit",
+                    query(
+                        f"sum({rate('tta_stale_predictions_total')}) / sum({rate('tta_predictions_total')})", "stale"
+                    ),
+                    span=12,
+                ),
+                graph(
                     "Steps by result",
                     "Adaptation steps per second. shed: left out for lack of time; failed, rejected and vetoed (by the "
                     "stream's guard): not kept.",

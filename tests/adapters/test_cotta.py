@@ -190,19 +190,21 @@ def test_restoration_takes_its_share() -> None:
 
 
 @pytest.mark.parametrize(
-    ("threshold", "before", "augmented"), [(0.0, 1, False), (0.01, 2, False), (1.0, 4, True), (1.01, 3, True)]
+    ("threshold", "asks", "augmented"),
+    [(0.0, False, False), (0.01, True, False), (1.0, True, True), (1.01, False, True)],
 )
-def test_no_forward_pass_is_for_nothing(threshold: float, before: int, augmented: bool) -> None:
-    """[6.5] Teacher and student when sure, an anchor only where the threshold needs it, the augmentations only when
-    unsure; and the answer waits for none of the student's."""
+def test_no_forward_pass_is_for_nothing(threshold: float, asks: bool, augmented: bool) -> None:
+    """[6.5] Teacher and student when sure, an anchor only where the threshold needs it, the augmentations, several in a
+    pass, only when unsure; and the answer waits for none of the student's."""
     network, policy = subject("image-bn"), cotta(threshold=threshold, augmentations=3)
     counter, batch = counted(policy, network, [network.rows(0, 4), network.rows(1, 2)])
     running = serving.step(policy, network.source, join([network.init(policy)] * 2), batch)
     next(running)
-    assert counter.sizes == [[4, 2]] * before
+    before = [[4, 2]] * asks + [[4, 4, 4, 2, 2, 2] if augmented else [4, 2]]
+    assert counter.sizes == before
     with pytest.raises(StopIteration) as end:
         next(running)
-    assert counter.sizes == [[4, 2]] * (before + 1)
+    assert counter.sizes == [*before, [4, 2]]
     assert end.value.value.signals["augmented"].tolist() == [float(augmented)] * 2
 
 
@@ -230,7 +232,7 @@ def test_only_unsure_streams_are_augmented(kind: str, scope: str) -> None:
     sizes = batch.segments.sizes
     sure_rows = [0 if one else size for one, size in zip(unsure, sizes, strict=True)]
     unsure_rows = [size if one else 0 for one, size in zip(unsure, sizes, strict=True)]
-    assert counter.sizes == [sizes, sure_rows, unsure_rows, unsure_rows, unsure_rows, sizes]
+    assert counter.sizes == [sizes, sure_rows, [size for size in unsure_rows for _ in range(3)], sizes]
 
     for index, answer in enumerate(logits.split(sizes)):
         x, alone = xs[index], make_batch(policy, network, [xs[index]])
@@ -241,6 +243,22 @@ def test_only_unsure_streams_are_augmented(kind: str, scope: str) -> None:
             views = [augment(x, alone.segments, network.source, random.named(f"augment {k}")) for k in range(3)]
         expected = torch.stack([alone.forward(weights, view).logits for view in views]).mean(0)
         torch.testing.assert_close(answer, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["image-bn", "image-gn"])
+@pytest.mark.parametrize("scope", ["norm", "all"])
+def test_views_at_once_are_views_one_by_one(kind: str, scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit the same answers, however many views of a stream there is room for at once."""
+    network = subject(kind)
+    xs, _, threshold = mixed(network)
+    policy = cotta(threshold=threshold, augmentations=5, scope=scope)
+    state = join([warm(network, cotta(scope=scope))] * 4)
+    answers = []
+    for views in (1, 2, 5):
+        monkeypatch.setattr(adapters.teacher, "_ROOM", views * 5 * xs[0][0].numel())
+        answers.append(drive(policy, network, state, make_batch(policy, network, xs))[0])
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
 
 
 def test_company_does_not_change_who_is_augmented() -> None:

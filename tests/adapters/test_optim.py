@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapters import optim
 from adapters.base import Tensors
 from adapters.optim import Adam, Optimiser, Sgd
 from tests.adapters.networks import assert_close, assert_same
@@ -173,6 +174,33 @@ def test_changes_nothing_in_place(name: str) -> None:
     assert_same(plain[1], masked[1])
     assert memory.keys() == plain[1].keys()
     assert all(not value.requires_grad for value in (*plain[0].values(), *plain[1].values()))
+
+
+@every_optimiser
+def test_small_tensors_side_by_side_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worked on as one tensor or each by itself, with some streams sitting out or none: the same, bit for bit."""
+    optimiser, _, _ = OPTIMISERS[name]
+    generator = torch.Generator().manual_seed(4)
+    weights = draw(generator)
+    memory = optimiser.init(weights)
+    for active in (None, torch.tensor([True, False, True])):
+        gradients = draw(generator)
+        monkeypatch.setattr(optim, "_SMALL", 0)
+        apart = optimiser.update(weights, gradients, memory, active)
+        monkeypatch.undo()
+        weights, memory = optimiser.update(weights, gradients, memory, active)
+        assert_same(weights, apart[0])
+        assert_same(memory, apart[1])
+
+
+def test_types_are_kept() -> None:
+    """A network may hold its norm layers in another precision than the rest."""
+    weights = {"norm": torch.ones(2, 3), "head": torch.ones(2, 4, dtype=torch.float16)}
+    optimiser = Adam(0.1)
+    moved, memory = optimiser.update(weights, weights, optimiser.init(weights))
+    assert [value.dtype for value in moved.values()] == [torch.float32, torch.float16]
+    assert memory["adam.m.norm"].dtype == torch.float32
+    assert memory["adam.v.head"].dtype == torch.float16
 
 
 def test_no_momentum_needs_no_memory() -> None:

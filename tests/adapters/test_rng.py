@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -36,19 +37,18 @@ def draws_of(names: list[str], steps: list[int] | None = None, dtype: torch.dtyp
 def test_philox_gives_the_published_answers(name: str) -> None:
     """Known-answer vectors of Random123 (Salmon et al., SC 2011)."""
     counter, key, answer = (words(text) for text in KNOWN_ANSWERS[name])
-    c0, c1, c2, c3 = (torch.tensor([word]) for word in counter)
-    k0, k1 = (torch.tensor([word]) for word in key)
-    assert [int(word) for word in philox((c0, c1, c2, c3), (k0, k1))] == answer
+    found = philox(np.array(counter, np.uint64)[:, None], np.array(key, np.uint64)[:, None])
+    assert found.flatten().tolist() == answer
 
 
 def test_philox_broadcasts_keys_against_counters() -> None:
     """All known answers at once, as rows, equal themselves one by one."""
-    counters = torch.tensor([words(one[0]) for one in KNOWN_ANSWERS.values()]).T[:, None, :]
-    keys = torch.tensor([words(one[1]) for one in KNOWN_ANSWERS.values()]).T[:, :, None]
-    grid = torch.stack(philox((counters[0], counters[1], counters[2], counters[3]), (keys[0], keys[1])), -1)
-    assert grid.shape == (3, 3, 4)
-    expected = torch.tensor([words(one[2]) for one in KNOWN_ANSWERS.values()])
-    assert torch.equal(grid[torch.arange(3), torch.arange(3)], expected)
+    counters, keys, answers = (
+        np.array([words(one[i]) for one in KNOWN_ANSWERS.values()], np.uint64).T for i in range(3)
+    )
+    grid = philox(counters[:, None, :], keys[:, :, None])
+    assert grid.shape == (4, 3, 3)
+    assert np.array_equal(grid[:, range(3), range(3)], answers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -176,6 +176,23 @@ def test_a_name_gives_the_same_draws_at_every_call() -> None:
     plain = draws_of(["a", "b"], [3, 4])
     plain.uniform((5,))
     assert torch.equal(used.uniform((3,)), plain.uniform((3,))), "a name moves nothing on in the object it came from"
+
+
+def test_several_names_at_once() -> None:
+    """For each stream and name what the name alone gives, those of a stream side by side; all kinds of draws."""
+    random, segments = draws_of(["a", "b"], [3, 4]), Segments([2, 0, 1, 3, 1, 1])
+    names = ["augment 0", "augment 1", "x"]
+    together = random.named_each(names)
+    alone = [random.named(name) for name in names]
+    for _ in range(2):
+        uniform = torch.stack([one.uniform((5,)) for one in alone], 1)
+        assert torch.equal(together.uniform((5,)), uniform.flatten(0, 1))
+        rows = [one.normal_rows(Segments(segments.sizes[k::3]), (7,)) for k, one in enumerate(alone)]
+        parts = [part.split(segments.sizes[k::3]) for k, part in enumerate(rows)]
+        expected = torch.cat([parts[k][stream] for stream in range(2) for k in range(3)])
+        assert torch.equal(together.normal_rows(segments, (7,)), expected)
+        coins = torch.stack([one.coins(0.5, (40,)) for one in alone], 1)
+        assert torch.equal(together.coins(0.5, (40,)), coins.flatten(0, 1))
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_a_trace_arrives_and_the_log_names_it(tmp_path: Path) -> None:
     assert said(request_span)["http.response.status_code"] == 200
     assert said(request_span)["tta.request"] == "traced"
     phases = sorted((span for span in spans if span is not request_span), key=lambda span: span.start_time_unix_nano)
-    assert [span.name for span in phases] == ["queue", "forward", "adapt", "monitor"]
+    assert [span.name for span in phases] == ["queue", "forward", "deferred", "adapt", "monitor"]
     assert {span.parent_span_id for span in phases} == {request_span.span_id}
     assert {(said(span)["tta.stream"], said(span)["tta.model"], said(span)["tta.result"]) for span in phases} == {
         ("s", MODEL, "applied")

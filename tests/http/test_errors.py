@@ -321,7 +321,7 @@ async def test_a_step_that_fails(server: Server, monkeypatch: pytest.MonkeyPatch
 
     await server.adapt()
     async with untouched(server):
-        monkeypatch.setattr(server.runner.engine, "step", broken)
+        monkeypatch.setattr(server.runner.engine, "answer", broken)
         error_of(await server.client.post(PREDICT, json={"inputs": rows(1).tolist()}), 500)
 
 

@@ -466,13 +466,13 @@ async def test_a_client_that_leaves_while_its_step_runs_costs_nobody_else(
     """What runs is finished: the step is committed whole, and the next request builds on it."""
     await server.open("s")
     gate, engine = Gate(), server.runner.engine
-    step = engine.step
+    step = engine.answer
 
     def slow_step(*arguments: Any) -> Any:
         gate.pass_through()
         return step(*arguments)
 
-    monkeypatch.setattr(engine, "step", slow_step)
+    monkeypatch.setattr(engine, "answer", slow_step)
     client = Leaving(PREDICT, json.dumps({"inputs": rows(4).tolist()}).encode(), whole=True)
     request = asyncio.create_task(server.app(client.scope, client.receive, client.send))
     await gate.reached_soon()

@@ -221,7 +221,7 @@ async def test_adaptation_is_switched_off_and_on(server: Server) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
-        ({}, 400, "give at least one of adapt, policy, settings, durability and guard"),
+        ({}, 400, "give at least one of adapt, policy, settings, durability, consistency and guard"),
         ({"adapt": None}, 400, "give at least one of"),
         ({"adapt": 1}, 400, "/adapt: Input should be a valid boolean, got 1"),
         ({"policy": 5}, 400, "/policy: Input should be a valid string, got 5"),

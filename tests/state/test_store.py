@@ -203,6 +203,39 @@ def test_counts_follow_the_tiers() -> None:
     assert store.counts() == {"device": (2, 2 * BYTES), "host": (1, BYTES), "disk": (0, 0)}
 
 
+def test_of_leases_of_one_stream_the_first_pins_it() -> None:
+    """Another ends without a trace, whichever ends first; one that comes after the first is over pins anew."""
+    store, a, b = make_store(), make_stream("a"), make_stream("b")
+    leased = store._lanes[LANE].leased
+    first, _ = store.lease(LANE, [a])
+    second, _ = store.lease(LANE, [b, a])
+    assert (first.pinned, second.pinned) == ([a], [b])
+    store.release(second)
+    assert leased == {a}
+    second, _ = store.lease(LANE, [a])
+    store.release(first)
+    assert leased == set()
+    third, _ = store.lease(LANE, [a])
+    store.release(second)
+    assert leased == {a}, "the third one's"
+    part, _ = store.part(third, 0)
+    store.release(part)
+    assert leased == {a}, "a part ends with the whole"
+    store.release(third)
+    assert leased == set()
+
+
+def test_a_lease_that_is_refused_leaves_the_pins_of_others() -> None:
+    store, a, b, c = make_store(), make_stream("a"), make_stream("b"), make_stream("c")
+    lease, _ = store.lease(LANE, [a])
+    with pytest.raises(ValueError, match="2 slots are leased"):
+        store.lease(LANE, [a, b, c])
+    assert store._lanes[LANE].leased == {a}
+    store.release(lease)
+    assert store._lanes[LANE].leased == set()
+    store.check_integrity()
+
+
 def test_a_leased_stream_is_not_evicted() -> None:
     """When all slots are leased the next lease is refused, and refused without a trace."""
     store = make_store(slots=2)

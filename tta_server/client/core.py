@@ -79,6 +79,8 @@ class Change(TypedDict, total=False):
     settings: Json
     durability: str | Json
     """``none``, ``async`` or ``sync``; or ``{"mode": "async", "steps": 16, "seconds": 5}``."""
+    consistency: str | Json
+    """``strict`` or ``stale``; or ``{"mode": "stale", "steps": 4}``."""
     guard: Json
     """What differs from the guard's settings as they are: ``{"guarantee": {"kind": "budget"}}``."""
 
@@ -136,6 +138,8 @@ class Answer:
     """Accuracy that the adapted model is estimated to have over the source's."""
     request: str | None = None
     """The request's id, for labels; ``None`` without a stream."""
+    behind: int = 0
+    """Adaptation steps on earlier requests that this version does not have yet."""
 
     @property
     def classes(self) -> NDArray[np.intp]:
@@ -275,6 +279,7 @@ def infer(model: str, images: ArrayLike, timeout: float | None, controls: Json) 
             evidence=report.get("evidence"),
             benefit=report.get("benefit"),
             request=report.get("request_id"),
+            behind=report.get("behind", 0),
         )
 
     kind = {"Content-Type": FILE, "Inference-Header-Content-Length": str(len(header))}

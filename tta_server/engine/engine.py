@@ -3,6 +3,9 @@
 Synchronous, without event loop and HTTP, run by one thread. A policy's step is a generator: it runs to its ``yield``,
 the answers leave, and only then does the rest of it (loss, backward, optimiser) run. Whatever goes wrong after the
 answers leaves every stream at the version it had.
+
+The two halves can be run apart: an open step waits while other streams are answered, before its second half and in the
+midst of it.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +28,7 @@ from tta_server.drift.signals import AGREEMENT, DRIFT, Values
 from tta_server.engine.guarding import Guarding, Judged
 from tta_server.engine.run import PolicyRun
 from tta_server.engine.source import SourceModel
-from tta_server.engine.watch import Served, Watch
+from tta_server.engine.watch import Served, Sources, Watch
 from tta_server.errors import StepFailed, TtaError
 from tta_server.state.keeper import Done
 from tta_server.state.store import Lease, StateStore
@@ -41,6 +45,45 @@ FAILURES = {
 """Events by the results of steps that were not kept."""
 
 AnswerJob = Callable[[Job, Answer | TtaError], None]
+
+
+@dataclass(eq=False)
+class OpenStep:
+    """A step whose answers have left, and what its second half needs."""
+
+    lane: Lane
+    jobs: list[Job]
+    model: SourceModel
+    run: PolicyRun
+    served: Served
+    judged: Judged
+    lease: Lease | None
+    sound: list[bool]
+    """Whose scores are finite."""
+    values: Values
+    sources: Sources | None
+    first: list[int]
+    """Jobs that the source was asked about before they were answered."""
+    sampled: list[int]
+    """Jobs that the monitor looks at."""
+    started: float
+    forward_seconds: float
+    shadow_seconds: float
+    shed: bool
+    behind: bool
+    """Whether it answered from states that steps before it are still to change."""
+    answered: float
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is more to do than to measure, or it has to wait for others of its streams."""
+        return self.behind or (self.lease is not None and not self.shed and any(self.judged.learns))
+
+    def let_go(self, store: StateStore) -> None:
+        """Ends its lease, if it has one."""
+        if self.lease is not None:
+            store.release(self.lease)
+            self.lease = None
 
 
 class Engine:
@@ -62,24 +105,9 @@ class Engine:
         self.guarding = Guarding(store, self.reset)
 
     def step(self, plan: Plan, answer: AnswerJob) -> StepStats:
-        """Runs one plan; ``answer`` is called once per job, before any adaptation.
-
-        When a merged batch fails before its answers, its jobs are tried one by one, so that one bad request takes no
-        other with it. Raises nothing a policy or model does: such a job is answered with ``StepFailed``.
-        """
+        """Runs one plan from its answers to its commit, see :meth:`answer` and :meth:`finish`."""
+        parts = [self.finish(one) for one in self.answer(plan, answer)]
         assert plan.lane is not None
-        # By size: streams side by side of equally many rows are normalised in one go.
-        jobs = sorted(plan.jobs, key=lambda job: job.rows)
-        try:
-            return self._step(plan.lane, jobs, answer, plan.shed)
-        except _Unanswered as failure:
-            if len(plan.jobs) == 1:
-                cause = failure.__cause__
-                log.error("step failed", exc_info=cause, extra=_about(plan.jobs[0]))
-                failed = StepFailed(f"the model or policy failed on this request: {cause}")
-                answer(plan.jobs[0], cause if isinstance(cause, TtaError) else failed)
-                return StepStats(plan.lane, self._classes(plan.lane), [], 0.0, 0.0, 0.0)
-        parts = [self.step(Plan(plan.lane, [job], plan.shed), answer) for job in plan.jobs]
         return StepStats(
             plan.lane,
             self._classes(plan.lane),
@@ -91,7 +119,49 @@ class Engine:
             time.time(),
             [event for part in parts for event in part.events],
             any(part.monitor_failed for part in parts),
+            sum(part.deferred_seconds for part in parts),
         )
+
+    def answer(self, plan: Plan, answer: AnswerJob) -> list[OpenStep]:
+        """The first half of a plan: ``answer`` is called once per job. What is left to do is for :meth:`finish`, in
+        this order; until then the streams are pinned.
+
+        When a merged batch fails before its answers, its jobs are tried one by one, so that one bad request takes no
+        other with it. Raises nothing a policy or model does: such a job is answered with ``StepFailed``.
+        """
+        assert plan.lane is not None
+        jobs = plan.jobs
+        try:
+            return [self._open(plan.lane, jobs, answer, plan.shed, plan.behind and not plan.lane.policy.plain)]
+        except _Unanswered as failure:
+            if len(jobs) == 1:
+                cause = failure.__cause__
+                log.error("step failed", exc_info=cause, extra=_about(jobs[0]))
+                failed = StepFailed(f"the model or policy failed on this request: {cause}")
+                answer(jobs[0], cause if isinstance(cause, TtaError) else failed)
+                return []
+        return [one for job in jobs for one in self.answer(replace(plan, jobs=[job]), answer)]
+
+    def finish(self, step: OpenStep, pause: Callable[[], None] | None = None) -> StepStats:
+        """The second half: adapts, keeps what is sound, and measures. Once for each step.
+
+        ``pause`` is called in the midst of it, between the layers of the network: whatever it does meanwhile, such as
+        answering other streams, counts as none of this step's time.
+        """
+        began, outside = time.monotonic(), 0.0
+
+        def paused() -> None:
+            nonlocal outside
+            assert pause is not None
+            left = time.monotonic()
+            with torch.enable_grad():  # a way back has it off, and so has many a way forward
+                pause()
+            outside += time.monotonic() - left
+
+        with step.model.network.pausing(None if pause is None else paused):
+            stats = self._close(step)
+        adapt = stats.adapt_seconds - outside
+        return replace(stats, adapt_seconds=adapt, deferred_seconds=began - step.answered + outside)
 
     def put(self, model: SourceModel) -> None:
         """Serves ``model`` under its name from now on. Streams without a state of their own start as it says."""
@@ -157,64 +227,82 @@ class Engine:
     def _classes(self, lane: Lane) -> int:
         return len(self.models[lane.model].classes)
 
-    def _step(self, lane: Lane, jobs: list[Job], answer: AnswerJob, shed: bool) -> StepStats:
+    def _open(self, lane: Lane, jobs: list[Job], answer: AnswerJob, shed: bool, behind: bool) -> OpenStep:
+        """Scores and answers. Raises ``_Unanswered``."""
         model = self.models[lane.model]
         started = time.monotonic()
         lease: Lease | None = None
         values = Values()
-        shadow_seconds = 0.0
+        try:
+            state = State({}, {})
+            self.add_lane(lane)
+            if self.store.has_state(lane):
+                lease, state = self.store.lease(lane, [job.stream for job in jobs])
+            run = PolicyRun(model, lane, jobs, state)
+            served = Served.of(run, run.scores())
+            sampled = [] if shed else self._watch.sample(model, lane, jobs, run.source is not None)
+            sound = _finite(served.adapted, served)
+            judged, first = self.guarding.begin(lane, jobs), self.guarding.first(lane, jobs, sound)
+            forward_seconds = time.monotonic() - started
+            shadow_seconds, sources = 0.0, None
+            if first:
+                observed = [one for one in sampled if one in first]
+                sources = self._watch.ask(model, served, first, observed, first, values)
+                self.guarding.judge(model, jobs, served, sources, first, judged, unanswered=True)
+                shadow_seconds = time.monotonic() - started - forward_seconds
+            shed = shed and lease is not None
+        except Exception as error:
+            if lease is not None:
+                self.store.release(lease)
+            raise _Unanswered from error
+        self._answer(lane, jobs, served, judged, started, forward_seconds + shadow_seconds, answer, shed)
+        step = OpenStep(
+            lane, jobs, model, run, served, judged, lease, sound, values, sources, first, sampled, started,
+            forward_seconds, shadow_seconds, shed, behind, time.monotonic(),
+        )  # fmt: skip
+        if behind:  # of states that other steps are still to change
+            step.let_go(self.store)
+        return step
+
+    def _close(self, step: OpenStep) -> StepStats:
+        lane, jobs, model, run, served, judged = (
+            step.lane, step.jobs, step.model, step.run, step.served, step.judged,
+        )  # fmt: skip
+        shadow_started, failed, late = time.monotonic(), False, list[int]()
+        rest = [index for index in range(len(jobs)) if index not in step.first]
+        sources, values, shadow_seconds = step.sources, step.values, step.shadow_seconds
         try:
             try:
-                state = State({}, {})
-                self.add_lane(lane)
-                if self.store.has_state(lane):
-                    lease, state = self.store.lease(lane, [job.stream for job in jobs])
-                run = PolicyRun(model, lane, jobs, state)
-                served = Served.of(run, run.scores())
-                sampled = [] if shed else self._watch.sample(model, lane, jobs, run.source is not None)
-                sound = _finite(served.adapted, served)
-                judged, first = self.guarding.begin(lane, jobs), self.guarding.first(lane, jobs, sound)
-                forward_seconds = time.monotonic() - started
-                sources = None
-                if first:
-                    observed = [one for one in sampled if one in first]
-                    sources = self._watch.ask(model, served, first, observed, first, values)
-                    self.guarding.judge(model, jobs, served, sources, first, judged, unanswered=True)
-                    shadow_seconds = time.monotonic() - started - forward_seconds
-                shed = shed and lease is not None
-            except Exception as error:
-                raise _Unanswered from error
-            seconds = forward_seconds + shadow_seconds
-            self._answer(lane, jobs, served, judged, started, seconds, answer, shed)
-            shadow_started, failed, late = time.monotonic(), False, list[int]()
-            rest = [index for index in range(len(jobs)) if index not in first]
-            try:
-                observed = [one for one in sampled if one not in first]
-                guarded = [] if shed else [one for one in self._watch.compared(lane, jobs) if one not in first]
+                observed = [one for one in step.sampled if one not in step.first]
+                guarded = (
+                    [] if step.shed else [one for one in self._watch.compared(lane, jobs) if one not in step.first]
+                )
                 late = sorted({*observed, *guarded})
                 if late or (sources is None and run.source is not None):
                     asked = self._watch.ask(model, served, late, observed, guarded, values)
                     sources = asked if sources is None or asked is None else sources.joined(asked)
-                if not shed and not lane.policy.plain:
+                if not step.shed and not lane.policy.plain:
                     self.guarding.judge(model, jobs, served, sources, rest, judged, unanswered=False)
             except Exception:  # the answers have left
                 log.exception("asking the source failed", extra={"jobs": [_about(job) for job in jobs]})
                 failed = True
+            if step.behind:
+                self.guarding.catch_up(jobs, judged)
             adapt_started = time.monotonic()
             shadow_seconds += adapt_started - shadow_started if rest and late else 0.0
-            if shed:
+            if step.shed:
                 run.stop()
                 results, own = ["shed"] * len(jobs), Values()
             elif not any(judged.learns):
                 run.stop()
-                vetoed = "none" if lease is None else "vetoed"
-                results, own = [vetoed if one else "rejected_nonfinite" for one in sound], Values()
+                vetoed = "vetoed" if self.store.has_state(lane) else "none"
+                results, own = [vetoed if one else "rejected_nonfinite" for one in step.sound], Values()
             else:
-                results, own = self._learn(model, lane, jobs, run, served, lease, sound, judged.learns)
+                current = self._caught_up(step) if step.behind else run
+                results, own = self._learn(model, lane, jobs, current, served, step.lease, step.sound, judged.learns)
             adapt_seconds = time.monotonic() - adapt_started
         finally:
-            if lease is not None:
-                self.store.release(lease)
+            step.let_go(self.store)
         moved = self.guarding.close(lane, jobs, results, judged)
         for job, result in zip(jobs, results, strict=True):
             self.store.meet(job.stream)
@@ -228,12 +316,12 @@ class Engine:
             for job, result in zip(jobs, results, strict=True)
             if result in FAILURES
         ]
-        parts = (one.split(run.segments.sizes) for one in (served.entropy, served.confidence, served.margin))
+        parts = (one.split(served.sizes.tolist()) for one in (served.entropy, served.confidence, served.margin))
         stats = [
             JobStats(
                 job.stream,
                 job.rows,
-                started - job.arrived,
+                step.started - job.arrived,
                 entropy,
                 confidence,
                 margin,
@@ -241,6 +329,7 @@ class Engine:
                 signals,
                 job.origin,
                 who,
+                0 if lane.policy.plain else job.behind,
             )
             for job, result, signals, who, entropy, confidence, margin in zip(
                 jobs, results, measured.signals, judged.served, *parts, strict=True
@@ -250,7 +339,7 @@ class Engine:
             lane,
             len(model.classes),
             stats,
-            forward_seconds,
+            step.forward_seconds,
             adapt_seconds,
             shadow_seconds,
             measured.monitor_seconds,
@@ -258,6 +347,19 @@ class Engine:
             told + moved + measured.events,
             measured.failed,
         )
+
+    def _caught_up(self, step: OpenStep) -> PolicyRun | None:
+        """The run whose second half is to come: of a step that answered from states which others then changed, a new
+        one from what they are now. ``None`` where they cannot be had together."""
+        step.run.stop()
+        try:
+            state = State({}, {})
+            if self.store.has_state(step.lane):
+                step.lease, state = self.store.lease(step.lane, [job.stream for job in step.jobs])
+            return PolicyRun(step.model, step.lane, step.jobs, state)
+        except Exception:  # the answers have left
+            log.exception("catching up failed", extra={"jobs": [_about(job) for job in step.jobs]})
+            return None
 
     def _answer(
         self,
@@ -310,6 +412,7 @@ class Engine:
                     queue_seconds=started - job.arrived,
                     inference_seconds=seconds,
                     lost=lost,
+                    behind=0 if lane.policy.plain else job.behind,
                 ),
             )
 
@@ -318,7 +421,7 @@ class Engine:
         model: SourceModel,
         lane: Lane,
         jobs: list[Job],
-        run: PolicyRun,
+        run: PolicyRun | None,
         served: Served,
         lease: Lease | None,
         sound: list[bool],
@@ -327,7 +430,7 @@ class Engine:
         """The step's second half, for the jobs whose scores are ``sound`` and whose guard lets them learn. Where a
         guard found outliers, all is done over without these rows."""
         kept = self.guarding.inliers(jobs, served, learns)
-        if any(rows is not None for rows in kept):
+        if run is not None and any(rows is not None for rows in kept):
             run.stop()
             jobs = [
                 job if rows is None or job.x is None else replace(job, x=job.x[torch.from_numpy(rows)])
@@ -346,28 +449,49 @@ class Engine:
         ], own
 
     def _adapt(
-        self, model: SourceModel, lane: Lane, jobs: list[Job], run: PolicyRun, lease: Lease | None, finite: list[bool]
+        self,
+        model: SourceModel,
+        lane: Lane,
+        jobs: list[Job],
+        run: PolicyRun | None,
+        lease: Lease | None,
+        finite: list[bool],
     ) -> tuple[list[str], Values]:
         """The second half of the policy's step, and its commit: a result per job, and the step's signals.
 
         When it fails for several streams, each takes its step again by itself: one stream's fault is not the others'.
         """
-        try:
-            return self._commit(jobs, run.finish(), lease, finite)
-        except Exception:  # the answers have left; nothing was committed, the streams stay as they were
-            log.exception("adaptation failed", extra={"jobs": [_about(job) for job in jobs]})
-        results, signals = ["failed"] * len(jobs), Values()
-        for index, job in enumerate(jobs if len(jobs) > 1 else ()):
+        if run is not None:
             try:
-                part, state = (None, State({}, {})) if lease is None else self.store.part(lease, index)
-                alone = PolicyRun(model, lane, [job], state)
-                alone.scores()
-                (results[index],), own = self._commit([job], alone.finish(), part, [finite[index]])
+                return self._commit(jobs, run.finish(), lease, finite)
+            except Exception:  # the answers have left; nothing was committed, the streams stay as they were
+                log.exception("adaptation failed", extra={"jobs": [_about(job) for job in jobs]})
+        results, signals = ["failed"] * len(jobs), Values()
+        for index, job in enumerate(jobs if len(jobs) > 1 or run is None else ()):
+            try:
+                with self._part(lane, job, lease, index) as (part, state):
+                    alone = PolicyRun(model, lane, [job], state)
+                    alone.scores()
+                    (results[index],), own = self._commit([job], alone.finish(), part, [finite[index]])
                 for name, (value,) in own.items():
                     signals.setdefault(name, np.full(len(jobs), np.nan))[index] = value
             except Exception:  # this is the stream whose fault it was
                 log.exception("adaptation failed", extra=_about(job))
         return results, signals
+
+    @contextmanager
+    def _part(self, lane: Lane, job: Job, lease: Lease | None, index: int) -> Iterator[tuple[Lease | None, State]]:
+        """One stream of a lease, or a lease of its own where there is none, and its state."""
+        if lease is not None:
+            yield self.store.part(lease, index)
+        elif self.store.has_state(lane):
+            own, state = self.store.lease(lane, [job.stream])
+            try:
+                yield own, state
+            finally:
+                self.store.release(own)
+        else:
+            yield None, State({}, {})
 
     def _commit(self, jobs: list[Job], step: Step, lease: Lease | None, finite: list[bool]) -> tuple[list[str], Values]:
         for name, values in step.signals.items():

@@ -12,14 +12,14 @@ sizes is one pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from adapters.base import SOURCE_NORM, Output, Segments, Tensors
 from tta_server.drift.signals import LayerStatistics
@@ -50,11 +50,19 @@ class StreamwiseNetwork:
         """Whether there are some without: then even the source's scores of a row depend on its request."""
         stabilise(self._network)
         self._network.to(device)
-        self._takes_images = len(spec.shape) == 3
-        if self._takes_images:  # convolutions are fastest with a pixel's channels side by side
+        self._channels_last = len(spec.shape) == 3 and self.dtype != torch.float64
+        if self._channels_last:  # convolutions are fastest with a pixel's channels side by side
             self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in its stub
         # Torch's fused transformer layers read the norm layers' weights past their forward, and so past the streams'.
         torch.backends.mha.set_fastpath_enabled(False)
+        self._own: dict[str, Any] = dict(self._network.named_parameters()) | dict(self._network.named_buffers())
+        self._places: dict[str, list[tuple[dict[str, Any], str]]] = {key: [] for key in self._own}
+        names = {id(value): key for key, value in self._own.items()}
+        for module in self._network.modules():
+            for held in (module._parameters, module._buffers):
+                for name, value in held.items():
+                    if value is not None:
+                        self._places[names[id(value)]].append((held, name))
         self._features: Tensor | None = None
         self._graph: Callable[[Tensor], Output] | None = None
         self._stored: dict[tuple[str, ...], LayerStatistics] = {}
@@ -64,6 +72,16 @@ class StreamwiseNetwork:
             torch.tensor(values, dtype=self.dtype, device=device).view(per_channel) if values else None
             for values in (spec.mean, spec.std)
         )
+
+    @contextmanager
+    def pausing(self, pause: Callable[[], None] | None) -> Iterator[None]:
+        """Within this, ``pause`` is called between layers, on the way forward and on the way back; it may run other
+        passes of this network. On a CPU; on a GPU the way back belongs to another thread."""
+        outer, self._conduit.pause = self._conduit.pause, pause if self.device.type == "cpu" else None
+        try:
+            yield
+        finally:
+            self._conduit.pause = outer
 
     def compile_source(self, spec: InputSettings) -> None:
         """Has passes of the plain source run as one graph from now on, if there is one, see ``traced.py``."""
@@ -85,34 +103,37 @@ class StreamwiseNetwork:
     def _layer_by_layer(self, now: Pass, x: Tensor) -> Output:
         if self._mean is not None and self._std is not None:
             x = (x - self._mean) / self._std
-        if self._takes_images:
+        if self._channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         if now.weights.keys() <= self._of_norms:
-            return self._pass(now, x, {})
+            return self._pass(now.by_segment(), x, {})
         return self._loop(now, x)
 
     def _loop(self, now: Pass, x: Tensor) -> Output:
         """Each stream with rows by itself. Gradients reach the stacked weights through one ``unbind`` each."""
-        weights = {key: value.unbind(0) for key, value in now.weights.items()}
+        # Of one stream without unbind, whose way back is a copy.
+        weights = {k: v.unbind(0) if len(v) > 1 else (v.squeeze(0),) for k, v in now.weights.items()}
         outputs: list[Output] = []
         statistics: dict[int, Tensors] = {}
-        for stream, rows in enumerate(x.split(now.segments.sizes)):
+        sizes, each = now.segments.sizes, now.each
+        segments = [sizes[first : first + each] for first in range(0, len(sizes), each)]
+        for stream, rows in enumerate(x.split([sum(own) for own in segments])):
             if not len(rows):
                 continue
             own = {key: value[stream] for key, value in weights.items()}
             norms = {key: value.unsqueeze(0) for key, value in own.items() if key in self._of_norms}
             shared = {key: value for key, value in own.items() if key not in self._of_norms}
-            alone = Pass(Segments([len(rows)], self.device), norms, now.norm)
+            alone = Pass(Segments(segments[stream], self.device), norms, now.norm)
             outputs.append(self._pass(alone, rows, shared))
             statistics[stream] = outputs[-1].statistics
         some = next(iter(statistics.values()))
-        for stream in range(now.segments.streams):
+        for stream in range(len(segments)):
             # What a stream without rows had before.
             statistics.setdefault(stream, {key: self._reference(key, now, stream) for key in some})
         return Output(
             torch.cat([one.logits for one in outputs]),
             torch.cat([one.features for one in outputs]),
-            {key: torch.cat([statistics[stream][key] for stream in range(now.segments.streams)]) for key in some},
+            {key: torch.cat([statistics[stream][key] for stream in range(len(segments))]) for key in some},
         )
 
     def _reference(self, key: str, now: Pass, stream: int) -> Tensor:
@@ -122,15 +143,33 @@ class StreamwiseNetwork:
 
     def _pass(self, now: Pass, x: Tensor, replaced: Tensors) -> Output:
         """The network on normalised rows, with the tensors ``replaced`` in the place of its own."""
+        # What this pass may have come into the midst of, and whether others may come into the midst of it.
+        outer, pause, seen = self._conduit.current, self._conduit.pause, self._features
         self._conduit.current = now
+        self._conduit.pause = None if replaced else pause
         try:
-            logits = functional_call(self._network, replaced, x) if replaced else self._network(x)
+            with self._holding(replaced):
+                logits = self._network(x)
             features = self._features
         finally:
-            self._conduit.current = self._features = None
+            self._conduit.current, self._conduit.pause, self._features = outer, pause, seen
         if features is None:
             raise ConfigError("the classifier head did not run in the forward pass; name the right layer as 'head'")
         return Output(logits, features, now.statistics)
+
+    @contextmanager
+    def _holding(self, replaced: Tensors) -> Iterator[None]:
+        """Within this, the network has these tensors in the place of its own: ``torch.func.functional_call`` without
+        its search for names, which takes as long as several layers."""
+        try:
+            for key, value in replaced.items():
+                for own, name in self._places[key]:
+                    own[name] = value
+            yield
+        finally:
+            for key in replaced:
+                for own, name in self._places[key]:
+                    own[name] = self._own[key]
 
     def observed(self, now: Pass) -> tuple[NDArray[Any], NDArray[Any], LayerStatistics] | None:
         """What an observing pass left: mean and variance by stream of all layers side by side, ``[S, channels]``, and

@@ -68,6 +68,8 @@ class Judged:
     moves: list[list[Move]]
     values: Values = field(default_factory=dict)
     """Signals: ``benefit``."""
+    outdated: set[int] = field(default_factory=set)
+    """Jobs that were answered from a state which was reset before their turn to learn."""
 
 
 class Guarding:
@@ -195,12 +197,23 @@ class Guarding:
             served.replace(part, torch.from_numpy(source), torch.from_numpy(~allowed))
         return "adapted" if allowed.all() else "mixed" if allowed.any() else "source"
 
+    def catch_up(self, jobs: Sequence[Job], judged: Judged) -> None:
+        """Of jobs that were answered while steps before theirs were under way: what came of these counts, too. Nothing
+        is made of an answer from a state that was reset since."""
+        for index, job in enumerate(jobs):
+            guard = job.stream.guarded
+            if guard is not None and guard.resets != judged.comparisons[index].resets:
+                judged.learns[index] = False
+                judged.outdated.add(index)
+            elif guard is not None:
+                judged.learns[index] &= guard.learns
+
     def close(self, lane: Lane, jobs: Sequence[Job], results: list[str], judged: Judged) -> list[Event]:
         """After the step's commit: does what the guards' moves ask for, and tells of them."""
         events = []
         for index, (job, result) in enumerate(zip(jobs, results, strict=True)):
             guard = job.stream.guarded
-            if guard is None or lane.policy.plain:
+            if guard is None or lane.policy.plain or index in judged.outdated:
                 continue
             moves = judged.moves[index]
             moves += guard.took(Step(job.rows, result == "applied", result.startswith("rejected")))

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.base import BATCH_NORM, SOURCE_NORM, Norm, Segments, Tensors
-from tta_server.engine.segment_norm import SegmentBatchNorm, batch_statistics, own_batch_norm, per_row
+from tta_server.engine.segment_norm import SegmentBatchNorm, batch_statistics, per_row
 from tta_server.engine.traced import is_tracing
+from tta_server.engine.triton_norm import TritonBatchNorm, available
 
 
 @dataclass
@@ -36,12 +37,41 @@ class Pass:
     """Left when observing: per batch-norm layer that has source statistics its name, and each stream's mean and biased
     variance, ``[S, channels]``."""
 
+    @property
+    def each(self) -> int:
+        """Segments of each stream, side by side: several where its rows are normalised in parts."""
+        own = next(iter(self.weights.values()), None)
+        return 1 if own is None else self.segments.streams // len(own)
+
+    def by_segment(self) -> Pass:
+        """The same with weights for each segment."""
+        if self.each == 1:
+            return self
+        return replace(self, weights={key: one.repeat_interleave(self.each, 0) for key, one in self.weights.items()})
+
 
 class Conduit:
-    """Hands the current :class:`Pass` of a model to its norm layers."""
+    """Hands the current :class:`Pass` of a model to its norm layers.
+
+    ``pause``, if there is one, is called whenever a norm of the streams' own has run, on the way forward and on the way
+    back: other passes of the same network may run in it.
+    """
 
     def __init__(self) -> None:
         self.current: Pass | None = None
+        self.pause: Callable[[], None] | None = None
+
+    def rest(self, y: Tensor) -> Tensor:
+        """``y``, which a layer made; the place to pause at, now and when its gradient is known."""
+        if self.pause is not None:
+            self.pause()
+        if y.requires_grad:
+            y.register_hook(self._rest_on_the_way_back)
+        return y
+
+    def _rest_on_the_way_back(self, gradient: Tensor) -> None:
+        if self.pause is not None:
+            self.pause()
 
     def get(self, x: Tensor) -> Pass:
         """The pass in which a layer gets ``x``, whose first dimension must be the rows."""
@@ -111,15 +141,14 @@ class StreamBatchNorm(StreamNorm):
             mean, var = x.new_zeros(1, self.channels), x.new_ones(1, self.channels)
             norm = replace(BATCH_NORM, median=norm.median)
         y: Tensor
-        if norm == BATCH_NORM and x.is_cpu:
-            return own_batch_norm(x, gamma, beta, mean, var, now.segments, self.eps)
-        y, mean, var = SegmentBatchNorm.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        kind = TritonBatchNorm if available(x, norm) else SegmentBatchNorm
+        y, mean, var = kind.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
             x, gamma, beta, mean, var, now.segments, norm, self.eps
         )
         if norm.running and self.running_mean is not None:
             now.statistics[f"{self.name}.running_mean"] = mean
             now.statistics[f"{self.name}.running_var"] = var
-        return y.view_as(x)
+        return self._conduit.rest(y.view_as(x))
 
 
 class StreamLayerNorm(StreamNorm):
@@ -135,7 +164,9 @@ class StreamLayerNorm(StreamNorm):
             return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
         y = F.layer_norm(x, self.shape, None, None, self.eps)
         between = [1] * (x.dim() - 1 - len(self.shape))
-        return _affine(y, self._own("weight", now), self._own("bias", now), now.segments, lambda one: [*between, *one])
+        return self._conduit.rest(
+            _affine(y, self._own("weight", now), self._own("bias", now), now.segments, lambda one: [*between, *one])
+        )
 
 
 class StreamGroupNorm(StreamNorm):
@@ -148,10 +179,18 @@ class StreamGroupNorm(StreamNorm):
     def forward(self, x: Tensor) -> Tensor:
         now = self._conduit.get(x)
         if self._is_shared(now):
-            return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
-        y = F.group_norm(x, self.groups, None, None, self.eps)
+            return self._normalise(x, self.weight, self.bias)
+        y = self._normalise(x, None, None)
         after = [1] * (x.dim() - 2)
-        return _affine(y, self._own("weight", now), self._own("bias", now), now.segments, lambda one: [*one, *after])
+        return self._conduit.rest(
+            _affine(y, self._own("weight", now), self._own("bias", now), now.segments, lambda one: [*one, *after])
+        )
+
+    def _normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """As torch does where a channel's values are side by side: it cuts a batch of channels_last into parts that
+        depend on its size."""
+        y = F.group_norm(x.contiguous(), self.groups, weight, bias, self.eps)
+        return y if x.is_contiguous() else y.contiguous(memory_format=torch.channels_last)
 
 
 REPLACED: dict[type[nn.Module], type[StreamNorm]] = {

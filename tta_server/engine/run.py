@@ -32,7 +32,7 @@ class PolicyRun:
         self.own: Output | None = None
         """What the policy's own network says of all rows before anything is made of it: its last pass before the
         scores."""
-        self.x = torch.cat([job.x for job in jobs if job.x is not None]).to(device, dtype)
+        self.x = _together([job.x for job in jobs if job.x is not None], device).to(dtype)
 
         def network(weights: Mapping[str, Tensor], x: Tensor, segments: Segments, norm: Norm) -> Output:
             output = model.network.run(Pass(segments, weights, norm), x)
@@ -48,9 +48,9 @@ class PolicyRun:
                 }
             return output
 
-        keys = torch.tensor([job.stream.random_key for job in jobs], device=device)
-        versions = torch.tensor([job.stream.version for job in jobs], device=device)
-        batch = Batch(self.x, self.segments, network, lane.policy.norm, rng.Random(keys, versions, dtype))
+        keys = torch.tensor([job.stream.random_key for job in jobs])
+        versions = torch.tensor([job.stream.version for job in jobs])
+        batch = Batch(self.x, self.segments, network, lane.policy.norm, rng.Random(keys, versions, dtype, device))
         self._step = serving.step(lane.policy, model.source, state, batch)
 
     def scores(self) -> Tensor:
@@ -75,3 +75,11 @@ class PolicyRun:
             return step
         self._step.close()
         raise RuntimeError("the policy yielded a second time; a step yields its logits once")
+
+
+def _together(parts: list[Tensor], device: torch.device) -> Tensor:
+    """The rows of all parts on the device. To a GPU by way of pinned memory, which nothing waits for."""
+    if device.type != "cuda":
+        return torch.cat(parts).to(device)
+    rows = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype, pin_memory=True)
+    return torch.cat(parts, out=rows).to(device, non_blocking=True)

@@ -234,6 +234,7 @@ def _report(stream: str | None, answer: Answer, replayed: bool) -> dict[str, str
     report: dict[str, str | int | float | bool | None] = {
         "stream_id": stream,
         "state_version": answer.version,
+        "behind": answer.behind or None,
         "adapted": answer.adapted,
         "policy": answer.policy,
         "confidence": float(answer.confidence.numpy().mean()),

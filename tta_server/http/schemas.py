@@ -22,7 +22,7 @@ from tta_server.errors import BadInput
 from tta_server.http.values import softmax
 from tta_server.policies import settings_of
 from tta_server.report_card import PolicyCard
-from tta_server.settings import Durability, InputSettings
+from tta_server.settings import Consistency, Durability, InputSettings
 from tta_server.state.keeper import Tally
 from tta_server.state.records import Shutdown, Snapshot
 from tta_server.tenant import Tenant
@@ -94,6 +94,17 @@ DurabilityWanted = Annotated[
 ]
 
 
+ConsistencyWanted = Annotated[
+    Consistency | None,
+    BeforeValidator(_by_mode),
+    WithJsonSchema({"anyOf": [{"enum": ["strict", "stale"]}, Consistency.model_json_schema(), {"type": "null"}]}),
+    Field(
+        description="Whether a request waits for the steps on those before it (strict), or is answered while at most "
+        "so many are under way (stale, steps), see the setting `streams.consistency`."
+    ),
+]
+
+
 GUARD_TEXT = "What differs from the guard's settings as they are, see the setting `guard`."
 GuardChanges = Annotated[dict[str, Any] | None, Bounded]
 
@@ -108,6 +119,7 @@ class OpenStream(_Request):
     )
     adapt: bool | None = Field(default=None, description="Whether the stream adapts; on for a new one.")
     durability: DurabilityWanted = None
+    consistency: ConsistencyWanted = None
     guard: GuardChanges = Field(default=None, description=GUARD_TEXT)
 
 
@@ -122,12 +134,14 @@ class PatchStream(_Request):
         "state is kept where its layout stays the same; another window or optimiser starts from the source.",
     )
     durability: DurabilityWanted = None
+    consistency: ConsistencyWanted = None
     guard: GuardChanges = Field(default=None, description=GUARD_TEXT + " A guarantee of another kind starts afresh.")
 
     @model_validator(mode="after")
     def _check(self) -> PatchStream:
-        if all(one is None for one in (self.adapt, self.policy, self.settings, self.durability, self.guard)):
-            raise ValueError("give at least one of adapt, policy, settings, durability and guard")
+        given = (self.adapt, self.policy, self.settings, self.durability, self.consistency, self.guard)
+        if all(one is None for one in given):
+            raise ValueError("give at least one of adapt, policy, settings, durability, consistency and guard")
         return self
 
 
@@ -280,6 +294,7 @@ class StreamInfo(BaseModel):
     )
     state_bytes: int = Field(description="Size of the state that it has from its first step on, kept images included.")
     durability: Durability
+    consistency: Consistency
     unsaved_steps: int | None = Field(
         description="Steps and other changes that a crash now would cost; null where the stream is not stored."
     )
@@ -439,6 +454,7 @@ class Prediction(BaseModel):
     model: str
     policy: str = Field(description="What answered: the stream's policy, or 'source' while adaptation is off.")
     version: int = Field(description="The stream's version that answered.")
+    behind: int = Field(description="Steps on earlier requests that this version does not have yet; 0 when strict.")
     adapted: bool = Field(description="Whether the stream's policy ran.")
     served: Literal["adapted", "source", "mixed"] = Field(
         description="Whose scores these are; mixed: the guard let some rows through only."
@@ -492,6 +508,7 @@ def stream_info(tenant: Tenant, stream: Stream) -> dict[str, Any]:
         "tier": tenant.tier(stream),
         "state_bytes": stream.state_bytes,
         "durability": stream.durability.model_dump(),
+        "consistency": stream.consistency.model_dump(),
         "unsaved_steps": stream.unsaved if stream.durability.mode != "none" else None,
         "saved_version": stream.saved.version if stream.saved.revision else None,
         "saved": stream.saved.time or None,
@@ -608,6 +625,7 @@ def prediction(
         "model": stream.model,
         "policy": answer.policy,
         "version": answer.version,
+        "behind": answer.behind,
         "adapted": answer.adapted,
         "served": answer.served,
         "guard": None if answer.guard is None else answer.guard._asdict(),

@@ -178,6 +178,9 @@ class InferReport(BaseModel):
 
     stream_id: str | None = None
     state_version: int = Field(description="The stream's version that answered.")
+    behind: int | None = Field(
+        default=None, description="Steps on earlier requests that this version does not have yet."
+    )
     adapted: bool = Field(description="Whether the adapted model answered.")
     policy: str = Field(description="What answered.")
     confidence: float | None = Field(description="Mean over the rows of the largest probability, not calibrated.")

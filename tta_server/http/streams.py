@@ -100,8 +100,9 @@ def router(service: Service) -> APIRouter:
         tenant = tenant_of(request)
         durability = durability_of(service, tenant, id, asked.durability)
         stream, created = tenant.open(
-            id, asked.model, asked.policy, asked.settings, asked.adapt, durability, guard=asked.guard
-        )
+            id, asked.model, asked.policy, asked.settings, asked.adapt, durability,
+            guard=asked.guard, consistency=asked.consistency,
+        )  # fmt: skip
         await tenant.settle(stream)
         return json_response(stream_detail(tenant, stream), 201 if created else 200)
 
@@ -134,11 +135,14 @@ def router(service: Service) -> APIRouter:
     @routes.patch("/{id}", response_model=PatchedStream, openapi_extra=json_body(PatchStream))
     @needs(Right.STREAMS)
     async def patch_stream(id: str, request: Request) -> Response:
-        """Switches adaptation on or off, or changes settings, policy, durability or guard, from the next request on."""
+        """Switches adaptation on or off, or changes settings, policy, durability, consistency or guard, from the next
+        request on."""
         asked = PatchStream.model_validate(await json_of(request, limits))
         tenant = tenant_of(request)
         durability = durability_of(service, tenant, id, asked.durability)
-        stream, kept = await tenant.update(id, asked.adapt, asked.policy, asked.settings, durability, asked.guard)
+        stream, kept = await tenant.update(
+            id, asked.adapt, asked.policy, asked.settings, durability, asked.guard, asked.consistency
+        )
         await tenant.settle(stream)
         return json_response({**stream_detail(tenant, stream), "state_kept": kept})
 

@@ -90,6 +90,15 @@ class PrometheusRecorder:
             ["phase"],
             SECONDS,
         )
+        self._deferred_seconds = histogram(
+            "tta_adaptation_deferred_seconds",
+            "From an adapting step's answers to its commit, without its own work: requests of others were answered.",
+            [],
+            SECONDS,
+        )
+        self._stale = counter(
+            "tta_stale_predictions", "Samples answered while steps on the stream's earlier requests were under way.", []
+        )
         self._batch_rows = histogram("tta_batch_samples", "Samples in one engine step, of all its streams.", [], ROWS)
         self._predictions = counter(
             "tta_predictions",
@@ -194,6 +203,9 @@ class PrometheusRecorder:
         if not stats.jobs:
             return
         self._batch_rows.labels(model).observe(sum(job.rows for job in stats.jobs))
+        if any(job.result == "applied" for job in stats.jobs):
+            self._deferred_seconds.labels(model).observe(stats.deferred_seconds)
+        self._stale.labels(model).inc(sum(job.rows for job in stats.jobs if job.behind))
         self._budgets.note(job.stream for job in stats.jobs)
         self._confidence.observe(model, np.concatenate([job.confidence.numpy() for job in stats.jobs]))
         entropy = np.concatenate([job.entropy.numpy() for job in stats.jobs])

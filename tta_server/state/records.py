@@ -18,8 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from adapters import Policy
 from tta_server.errors import TtaError, Unavailable
 from tta_server.policies import settings_of
-from tta_server.settings import Durability
-from tta_server.types import Stream
+from tta_server.settings import Consistency, Durability
+from tta_server.types import DEFAULT_CONSISTENCY, Stream
 
 _settings = lru_cache(maxsize=1024)(settings_of)
 
@@ -70,6 +70,7 @@ class Record:
     guard: dict[str, Any] | None = None
     """Its guard's ``settings``, and ``state`` as :meth:`Guard.dump` has it. Records from before there were guards have
     none."""
+    consistency: Consistency = DEFAULT_CONSISTENCY
 
     @staticmethod
     def of(stream: Stream, policy: Policy, digest: str) -> Record:
@@ -83,6 +84,7 @@ class Record:
             policy=policy.name,
             settings=_settings(policy),
             durability=stream.durability,
+            consistency=stream.consistency,
             random_key=stream.random_key,
             created=stream.created,
             last_seen=stream.last_seen,
@@ -110,6 +112,7 @@ class Record:
             tenant=self.tenant,
             adapt=self.adapt,
             durability=self.durability,
+            consistency=self.consistency,
             state_bytes=self.state_bytes,
             last_seen=self.last_seen,
             version=self.version,

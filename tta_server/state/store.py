@@ -48,6 +48,8 @@ class Lease:
     slots: list[int]
     packed: Packed
     """The states as they were at the start, ``[S, width]``."""
+    pinned: list[Stream]
+    """The streams that were not pinned before."""
 
 
 @dataclass(frozen=True)
@@ -159,15 +161,16 @@ class StateStore:
         ``Conflict`` for one that does not fit.
         """
         states = self._lanes[lane]
-        states.leased.update(streams)
+        pinned = [stream for stream in streams if stream not in states.leased]
+        states.leased.update(pinned)
         try:
             slots = [self._resident_slot(lane, states, stream) for stream in streams]
             packed = states.pool.gather(slots)
             state = states.layout.unpack(packed)
         except BaseException:
-            states.leased.difference_update(streams)
+            states.leased.difference_update(pinned)
             raise
-        return Lease(lane, list(streams), slots, packed), state
+        return Lease(lane, list(streams), slots, packed, pinned), state
 
     def state_of(self, lease: Lease) -> State:
         """A copy of the leased states, ``[S, ...]``, again."""
@@ -178,7 +181,7 @@ class StateStore:
         slots = lease.slots[index : index + 1]
         states = self._lanes[lease.lane]
         packed = states.pool.gather(slots)
-        return Lease(lease.lane, lease.streams[index : index + 1], slots, packed), states.layout.unpack(packed)
+        return Lease(lease.lane, lease.streams[index : index + 1], slots, packed, []), states.layout.unpack(packed)
 
     def commit(
         self, lease: Lease, new: State, allowed: Sequence[bool], regions: Sequence[tuple[float, float]] | None = None
@@ -223,7 +226,7 @@ class StateStore:
 
     def release(self, lease: Lease) -> None:
         """Ends a lease."""
-        self._lanes[lease.lane].leased.difference_update(lease.streams)
+        self._lanes[lease.lane].leased.difference_update(lease.pinned)
 
     def prefetch(self, streams: Iterable[Stream], now: Collection[Stream]) -> None:
         """Has the states of these streams, the next step's, read ahead where they are on the disk, while that of the
