@@ -33,6 +33,7 @@ from tests.serving import (
     stream_of,
     varied,
 )
+from tta_server import runner as runner_module
 from tta_server.engine.engine import AnswerJob, OpenStep
 from tta_server.engine.source import SourceModel
 from tta_server.errors import DeadlineExceeded, QueueFull, StepFailed, Unavailable
@@ -825,3 +826,19 @@ def test_a_stale_stream_is_answered_with_the_version_it_has(device: Device, step
 
 def test_no_test_policy_is_registered() -> None:
     assert "hooked" not in adapters.policies()
+
+
+@pytest.mark.parametrize(("longest", "results"), [(1e9, ["none", "applied"]), (-1.0, ["applied", "none"])])
+def test_a_step_that_is_open_for_long_goes_before_answers(
+    device: Device, monkeypatch: pytest.MonkeyPatch, longest: float, results: list[str]
+) -> None:
+    """Requests of streams that do not learn could come for ever."""
+    monkeypatch.setattr(runner_module, "LONGEST_OPEN", longest)
+    device.runner.start()
+    gate = hold(device.runner)
+    adapting, frozen = stream_of(TENT, "a"), stream_of(SourcePolicy(), "b")
+    endings = [submit(device, adapting, rows(4)), submit(device, frozen, rows(4))]
+    gate.open()
+    assert [ending.answer().version for ending in endings] == [0, 0]
+    settle(device)
+    assert device.recorder.results() == results

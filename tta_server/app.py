@@ -137,9 +137,11 @@ def create_app(settings: Settings, models: dict[str, SourceModel]) -> FastAPI:
         watching.enabled,
         watching.estimate_every,
     )
+    merged = limits.batch_rows or in_passing(lambda: max(map(best_rows, models.values())))
     scheduler = Scheduler(
         Bounds(
-            max_rows=limits.batch_rows or in_passing(lambda: max(map(best_rows, models.values()))),
+            max_rows=merged,
+            open_rows=limits.open_rows or max(2 * merged, 16),
             max_streams=min(limits.batch_streams, budget.slots),
             per_stream=limits.queue_per_stream,
             in_all=limits.queue,

@@ -30,16 +30,20 @@ HANGS = 30.0
 """Seconds after which a shutdown takes a running step for one that will not end."""
 
 
+LONGEST_OPEN = 1.0
+"""Seconds after which an open step goes before answers: others may come for ever."""
+
 MOST_WAIT = 3600.0
 """Seconds that the thread waits at a time when nothing is to be done."""
 
 
 class _Open(NamedTuple):
-    """A plan whose answers have left, and the seconds they took."""
+    """A plan whose answers have left, the seconds they took, and when that was."""
 
     plan: Plan
     steps: list[OpenStep]
     seconds: float
+    since: float
 
 
 class Runner:
@@ -52,6 +56,7 @@ class Runner:
         self._changed = threading.Condition()
         self._admitting, self._stopping = True, False
         self._open: deque[_Open] = deque()
+        self._ending: _Open | None = None
         self._interrupting = False
         self._interrupted = 0.0
         """Seconds that open steps were interrupted for, in all."""
@@ -113,7 +118,7 @@ class Runner:
         due = 0.0
         while True:
             with self._changed:
-                plan, expired = self._next()
+                plan, expired = (None, []) if self._is_overdue() else self._next()
                 if plan is None and not expired and not self._open and not self._stopping:
                     # Not longer than until something is due, which is not done under the lock.
                     self._changed.wait(min(due, MOST_WAIT))
@@ -127,11 +132,13 @@ class Runner:
             if plan is not None:
                 self._begin(plan, upcoming)
             elif self._open:
-                self._finish(self._open.popleft())
+                self._ending = self._open.popleft()
+                self._finish(self._ending)
+                self._ending = None
 
     def _interrupt(self) -> None:
         """In the midst of a step's second half: answers what came meanwhile."""
-        if self._interrupting or not len(self._scheduler):
+        if self._interrupting or not len(self._scheduler) or self._is_overdue():
             return
         self._interrupting, began = True, self._clock()
         try:
@@ -146,6 +153,11 @@ class Runner:
             self._interrupting = False
             self._interrupted += self._clock() - began
 
+    def _is_overdue(self) -> bool:
+        """Whether the step that is open for longest has to end now."""
+        oldest = self._ending or (self._open[0] if self._open else None)
+        return oldest is not None and self._clock() - oldest.since > LONGEST_OPEN
+
     def _expire(self, expired: list[Job]) -> None:
         if expired:
             with self._changed:
@@ -157,9 +169,11 @@ class Runner:
         """Answers a plan. It stays open if there is something to adapt, else this is its end."""
         started = self._clock()
         steps = self._answer(plan, upcoming)
-        opened = _Open(plan, steps, self._clock() - started)
+        opened = _Open(plan, steps, self._clock() - started, self._clock())
         if any(step.learns for step in steps):
             self._open.append(opened)
+            with self._changed:
+                self._scheduler.answered(plan)
         else:
             self._finish(opened)
 

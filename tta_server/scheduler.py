@@ -6,7 +6,7 @@ lock if they share it. Invariants, checked by ``tests/test_scheduler.py``:
 - a stream's jobs run in the order they were submitted, and it has at most one in running plans, unless its consistency
   lets it be answered while steps are not committed yet;
 - a plan holds jobs of one lane, each of another stream, at most ``max_rows`` rows together (one job may exceed it), and
-  one job of a lane whose streams do not merge; all plans that run together do not exceed this either;
+  one job of a lane whose streams do not merge; several plans that run together have at most ``open_rows``;
 - while plans run, another one goes before their end, unless more jobs wait for that end than could go now, or one has
   waited longer: then small plans would never be merged again, or it would starve; commands run by themselves;
 - among lanes the one whose oldest ready job came first goes first, so no lane starves; a job's priority moves it by
@@ -46,6 +46,8 @@ class Bounds:
     in_all: int = 4096
     shed_share: float = 0.5
     """Adaptation is shed where the oldest job of a plan has waited more than this share of what it may."""
+    open_rows: int | None = None
+    """Rows of all plans that run together, where there are several; ``None``: ``max_rows``."""
 
 
 class _Kind(NamedTuple):
@@ -72,6 +74,8 @@ class Scheduler:
         self._waiting = 0
         self._running = 0
         self._running_rows = 0
+        self._answered: list[Plan] = []
+        """Plans that run and have answered."""
         self._pace = 0.0
 
     def __len__(self) -> int:
@@ -85,7 +89,8 @@ class Scheduler:
 
     @property
     def expected_wait(self) -> float:
-        """Seconds until a job submitted now would run, going by the pace of late; what runs now counts as waiting."""
+        """Seconds until a job submitted now would run, going by the pace of late; what runs now and is not answered
+        counts as waiting."""
         return (self._waiting + self._running) * self._pace
 
     def ran(self, plan: Plan, seconds: float) -> None:
@@ -167,7 +172,8 @@ class Scheduler:
             if len(self._held) > ready or min(one.rank for one in self._held.values()) < job.rank:
                 return False
         bounds = self.bounds
-        return self._running_rows + job.rows <= bounds.max_rows and len(self._busy) < bounds.max_streams
+        room = (bounds.open_rows or bounds.max_rows) - self._running_rows
+        return job.rows <= room and len(self._busy) < bounds.max_streams
 
     def upcoming(self) -> list[Job]:
         """The jobs that would likely be the next plan if nothing else came, to prepare for. Takes nothing."""
@@ -182,10 +188,17 @@ class Scheduler:
         waited = now - job.arrived
         return waited > PATIENT and waited > self.bounds.shed_share * (job.deadline - job.arrived)
 
+    def answered(self, plan: Plan) -> None:
+        """The plan's answers have left, and it goes on: nobody waits for it but its own streams."""
+        self._running -= len(plan.jobs)
+        self._answered.append(plan)
+
     def complete(self, plan: Plan) -> None:
         """The plan is over: what waited for its streams becomes ready."""
         if plan.lane is not None:
-            self._running -= len(plan.jobs)
+            others = [one for one in self._answered if one is not plan]
+            self._running -= len(plan.jobs) if len(others) == len(self._answered) else 0
+            self._answered = others
             self._running_rows -= sum(job.rows for job in plan.jobs)
         for job in plan.jobs:
             self._busy[job.stream] -= 1
@@ -209,12 +222,13 @@ class Scheduler:
 
     def _take(self, kind: _Kind, now: float) -> list[Job]:
         """Jobs for a plan; none where the first one, which fits, is late."""
-        jobs, rows = list[Job](), self._running_rows
+        jobs, rows = list[Job](), 0
+        room = min(self.bounds.max_rows, (self.bounds.open_rows or self.bounds.max_rows) - self._running_rows)
         most = self.bounds.max_streams - len(self._busy) if kind.lane is not None and kind.lane.merges else 1
         while kind in self._ready and len(jobs) < most:
             job = self._ready[kind][0][1]
             late = now > job.deadline
-            if jobs and not late and rows + job.rows > self.bounds.max_rows:
+            if jobs and not late and rows + job.rows > room:
                 break
             self._pop(kind)
             if late:

@@ -133,7 +133,7 @@ class Consistency(_Settings):
 
     mode: Literal["strict", "stale"] = "strict"
     """``strict``: the one after them, so a request waits for the steps before it; ``stale``: the last one committed.
-    Either way the steps are the same ones, in the same order: only answers differ."""
+    Either way the steps are the same ones, in the same order: only answers differ, and with them what a guard sees."""
     steps: Annotated[int, Field(ge=1, le=64)] = 4
     """Of ``stale``: most steps that an answer may be behind; with more under way it waits."""
 
@@ -252,6 +252,9 @@ class LimitSettings(_Settings):
     batch_rows: Positive | None = None
     """Most samples merged from several streams into one engine step. ``null``: as many as pay, as measured at the
     start."""
+    open_rows: Positive | None = None
+    """Most samples in steps that have answered and not adapted yet, together with the next one's: each holds its
+    activations. ``null``: twice ``batch_rows``, at least 16."""
     queue: Positive = 4096
     """Most requests waiting in all."""
     queue_per_stream: Positive = 64

@@ -22,11 +22,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> SourceModel:
     ("seconds", "expected"),
     [
         (lambda rows: 0.010 + 0.0001 * rows, 64),
-        (lambda rows: 0.001 * rows, 1),
+        (lambda rows: 0.001 * rows, 4),
         (lambda rows: 0.004 + 0.001 * rows, 64),
         (lambda rows: 0.010 + 0.001 * rows if rows <= 16 else 0.003 * rows, 16),
         (lambda rows: LONGEST / 3 * (1 + 0.1 * rows), 16),
-        (lambda rows: 2 * LONGEST, 1),
+        (lambda rows: 2 * LONGEST, 4),
     ],
     ids=[
         "calls cost more than rows", "rows cost all", "calls cost as four rows",
@@ -42,5 +42,5 @@ def test_as_many_as_pay(
 
 def test_a_model_is_measured(model: SourceModel) -> None:
     rows = best_rows(model)
-    assert 1 <= rows <= MOST_ROWS["cpu"]
+    assert 4 <= rows <= MOST_ROWS["cpu"]
     assert rows & (rows - 1) == 0

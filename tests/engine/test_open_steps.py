@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -633,3 +633,27 @@ def test_after_a_reset_nothing_is_learned_from_what_was_answered_before(tiny: So
     assert other.guard is not None
     assert stream.guard.resets == other.guard.resets
     world.check()
+
+
+class OnSelf(nn.Module):
+    """Keeps its skip connection on itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.bn2, self.head = nn.BatchNorm1d(6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.skip = x
+        return self.head(self.bn2(self.bn1(x).relu()) + self.skip)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_network_that_keeps_values_outside_of_a_pass_is_found_out(keeps: bool) -> None:
+    module: nn.Module = OnSelf()
+    if not keeps:
+        module = nn.Sequential(OrderedDict(bn1=nn.BatchNorm1d(6), relu=nn.ReLU(), head=nn.Linear(6, 3)))
+    spec = InputSettings(shape=(6,))
+    network = StreamwiseNetwork(module, spec, "head", torch.device("cpu"))
+    affine = {f"bn1.{kind}": getattr(module.bn1, kind).detach().unsqueeze(0) for kind in ("weight", "bias")}
+    network.try_pauses(spec, affine)
+    assert network._conduit.only_on_the_way_back is keeps

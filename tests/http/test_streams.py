@@ -258,3 +258,29 @@ async def test_the_newest_request_number_is_told(server: Server, number: int) ->
     await server.open("s")
     await server.predict("s", rows(1), seq=number)
     assert (await server.info("s"))["last_number"] == number
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("stale", {"mode": "stale", "steps": 9}),
+        ({"mode": "stale"}, {"mode": "stale", "steps": 9}),
+        ({"mode": "stale", "steps": 2}, {"mode": "stale", "steps": 2}),
+        ("strict", {"mode": "strict", "steps": 9}),
+    ],
+    ids=str,
+)
+async def test_what_a_change_of_consistency_leaves_out_stays(server: Server, asked: Any, expected: Any) -> None:
+    await server.open("s", consistency={"mode": "stale", "steps": 9})
+    assert (await server.info("s"))["consistency"] == {"mode": "stale", "steps": 9}
+    answer = await server.client.patch("/v1/streams/s", json={"consistency": asked})
+    assert answer.json()["consistency"] == expected
+
+
+@pytest.mark.parametrize(
+    "asked", ["late", 5, [], {"steps": 3}, {"mode": "stale", "steps": 0}, {"mode": "stale", "n": 1}]
+)
+async def test_a_consistency_that_is_none_is_refused(server: Server, asked: Any) -> None:
+    await server.open("s")
+    error_of(await server.client.patch("/v1/streams/s", json={"consistency": asked}), 400)
+    assert (await server.info("s"))["consistency"]["mode"] == "strict"

@@ -140,7 +140,16 @@ class Engine:
                 failed = StepFailed(f"the model or policy failed on this request: {cause}")
                 answer(jobs[0], cause if isinstance(cause, TtaError) else failed)
                 return []
-        return [one for job in jobs for one in self.answer(replace(plan, jobs=[job]), answer)]
+        opened: list[OpenStep] = []
+        try:
+            for job in jobs:
+                opened += self.answer(replace(plan, jobs=[job]), answer)
+        except BaseException:
+            for one in opened:
+                one.run.stop()
+                one.let_go(self.store)
+            raise
+        return opened
 
     def finish(self, step: OpenStep, pause: Callable[[], None] | None = None) -> StepStats:
         """The second half: adapts, keeps what is sound, and measures. Once for each step.
@@ -148,14 +157,18 @@ class Engine:
         ``pause`` is called in the midst of it, between the layers of the network: whatever it does meanwhile, such as
         answering other streams, counts as none of this step's time.
         """
-        began, outside = time.monotonic(), 0.0
+        began, outside, is_inside = time.monotonic(), 0.0, False
 
         def paused() -> None:
-            nonlocal outside
-            assert pause is not None
-            left = time.monotonic()
-            with torch.enable_grad():  # a way back has it off, and so has many a way forward
-                pause()
+            nonlocal outside, is_inside
+            if is_inside or pause is None:
+                return
+            left, is_inside = time.monotonic(), True
+            try:
+                with torch.enable_grad():  # a way back has it off, and so has many a way forward
+                    pause()
+            finally:
+                is_inside = False
             outside += time.monotonic() - left
 
         with step.model.network.pausing(None if pause is None else paused):
@@ -255,12 +268,18 @@ class Engine:
             if lease is not None:
                 self.store.release(lease)
             raise _Unanswered from error
-        self._answer(lane, jobs, served, judged, started, forward_seconds + shadow_seconds, answer, shed)
+        try:
+            self._answer(lane, jobs, served, judged, started, forward_seconds + shadow_seconds, answer, shed)
+        except BaseException:
+            if lease is not None:
+                self.store.release(lease)
+            raise
         step = OpenStep(
             lane, jobs, model, run, served, judged, lease, sound, values, sources, first, sampled, started,
             forward_seconds, shadow_seconds, shed, behind, time.monotonic(),
         )  # fmt: skip
         if behind:  # of states that other steps are still to change
+            run.stop()
             step.let_go(self.store)
         return step
 
@@ -269,7 +288,9 @@ class Engine:
             step.lane, step.jobs, step.model, step.run, step.served, step.judged,
         )  # fmt: skip
         shadow_started, failed, late = time.monotonic(), False, list[int]()
-        rest = [index for index in range(len(jobs)) if index not in step.first]
+        if step.behind:
+            self.guarding.catch_up(jobs, judged)
+        rest = [index for index in range(len(jobs)) if index not in step.first and index not in judged.outdated]
         sources, values, shadow_seconds = step.sources, step.values, step.shadow_seconds
         try:
             try:
@@ -286,8 +307,6 @@ class Engine:
             except Exception:  # the answers have left
                 log.exception("asking the source failed", extra={"jobs": [_about(job) for job in jobs]})
                 failed = True
-            if step.behind:
-                self.guarding.catch_up(jobs, judged)
             adapt_started = time.monotonic()
             shadow_seconds += adapt_started - shadow_started if rest and late else 0.0
             if step.shed:
@@ -351,7 +370,6 @@ class Engine:
     def _caught_up(self, step: OpenStep) -> PolicyRun | None:
         """The run whose second half is to come: of a step that answered from states which others then changed, a new
         one from what they are now. ``None`` where they cannot be had together."""
-        step.run.stop()
         try:
             state = State({}, {})
             if self.store.has_state(step.lane):

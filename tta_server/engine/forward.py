@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from adapters.base import SOURCE_NORM, Output, Segments, Tensors
+from adapters.base import BATCH_NORM, SOURCE_NORM, Output, Segments, Tensors
+from adapters.gradient import leaves
 from tta_server.drift.signals import LayerStatistics
 from tta_server.engine.norm import KINDS, Conduit, Pass, StreamBatchNorm, replace_norms
 from tta_server.engine.stable import stabilise
@@ -72,6 +73,35 @@ class StreamwiseNetwork:
             torch.tensor(values, dtype=self.dtype, device=device).view(per_channel) if values else None
             for values in (spec.mean, spec.std)
         )
+
+    def try_pauses(self, spec: InputSettings, affine: Tensors) -> None:
+        """Finds out whether passes may be interrupted on the way forward: not where the network keeps values of a pass
+        outside of it (a skip connection on ``self``), which another one in its midst would replace. ``affine``: scales
+        and shifts of one stream, ``[1, ...]``."""
+        rows, segments = plain_rows(self, spec, 6), Segments([3], self.device)
+
+        def run(pause: Callable[[], None] | None) -> list[Tensor]:
+            own = leaves(affine)
+            with torch.enable_grad(), self.pausing(pause):
+                output = self.run(Pass(segments, own, BATCH_NORM), rows[:3])
+                score = output.logits.square().sum() + output.features.square().sum()
+                slopes = torch.autograd.grad(score, list(own.values()), allow_unused=True, materialize_grads=True)
+            return [output.logits.detach(), output.features.detach(), *slopes]
+
+        def others() -> None:
+            if not inside:
+                inside.append(True)
+                self.run(Pass(segments, affine, BATCH_NORM), rows[3:])
+                inside.clear()
+
+        inside: list[bool] = []
+        if affine:
+            try:
+                undisturbed = run(None)
+                is_same = all(map(torch.equal, run(others), undisturbed))
+            except Exception:  # of a network that expects to be left alone
+                is_same = False
+            self._conduit.only_on_the_way_back = not is_same
 
     @contextmanager
     def pausing(self, pause: Callable[[], None] | None) -> Iterator[None]:

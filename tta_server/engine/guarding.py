@@ -268,6 +268,8 @@ class Guarding:
             return False
         _, fields, data, version = kept
         self._store.restore_dump(lane, stream, fields, data, version)
+        if stream.guard is not None:
+            stream.guard.resets += 1
         self._clear(stream)
         return True
 

@@ -20,6 +20,7 @@ from tta_server.engine.source import SourceModel
 
 log = logging.getLogger(__name__)
 
+LEAST_ROWS = 4
 MOST_ROWS = {"cpu": 64, "cuda": 512}
 LONGEST = 0.25
 """Seconds: a step that takes longer would keep others waiting, however well it merges."""
@@ -31,10 +32,10 @@ def best_rows(model: SourceModel) -> int:
     """How many streams' single rows a step merges for the least time a row: of forward and backward pass, each stream
     with scales and shifts of its own. Takes a second or two."""
     device = model.network.device
-    best, least, rows = 1, float("inf"), 1
+    best, least, rows = LEAST_ROWS, float("inf"), LEAST_ROWS
     while rows <= MOST_ROWS.get(device.type, 64):
         seconds = _step_seconds(model, rows)
-        if seconds > LONGEST and rows > 1:
+        if seconds > LONGEST and rows > LEAST_ROWS:
             break
         if seconds / rows < WORTH * least:
             best, least = rows, seconds / rows
@@ -49,7 +50,7 @@ def _step_seconds(model: SourceModel, rows: int) -> float:
     x = plain_rows(network, model.settings.input, rows)
     weights = {key: value.clone() for key, value in source.spread(source.affine, rows).items()}
     turns = []
-    for _ in range(4):
+    for _ in range(6):
         started = time.perf_counter()
         own = gradient.leaves(weights)
         with torch.set_grad_enabled(bool(own)):

@@ -60,10 +60,12 @@ class Conduit:
     def __init__(self) -> None:
         self.current: Pass | None = None
         self.pause: Callable[[], None] | None = None
+        self.only_on_the_way_back = False
+        """For a network that keeps values of a pass outside of it."""
 
     def rest(self, y: Tensor) -> Tensor:
         """``y``, which a layer made; the place to pause at, now and when its gradient is known."""
-        if self.pause is not None:
+        if self.pause is not None and not self.only_on_the_way_back:
             self.pause()
         if y.requires_grad:
             y.register_hook(self._rest_on_the_way_back)
@@ -190,7 +192,9 @@ class StreamGroupNorm(StreamNorm):
         """As torch does where a channel's values are side by side: it cuts a batch of channels_last into parts that
         depend on its size."""
         y = F.group_norm(x.contiguous(), self.groups, weight, bias, self.eps)
-        return y if x.is_contiguous() else y.contiguous(memory_format=torch.channels_last)
+        if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            return y.contiguous(memory_format=torch.channels_last)
+        return y
 
 
 REPLACED: dict[type[nn.Module], type[StreamNorm]] = {

@@ -95,6 +95,8 @@ def load_model(name: str, settings: Settings, device: torch.device) -> SourceMod
         streamwise = StreamwiseNetwork(network, spec.input, head, device)
         probed = probe(streamwise, spec.input)
         streamwise.compile_source(spec.input)
+        norms = _keys(dict(network.named_parameters()), streamwise.norm_layers, ("weight", "bias"))
+        streamwise.try_pauses(spec.input, {key: network.get_parameter(key).unsqueeze(0) for key in norms})
         if spec.classes and len(spec.classes) != probed.classes:
             raise ConfigError(
                 f"the config names {len(spec.classes)} classes, but the model has {probed.classes} scores"

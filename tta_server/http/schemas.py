@@ -94,10 +94,20 @@ DurabilityWanted = Annotated[
 ]
 
 
+class ConsistencyChange(_Request):
+    """Whether a request waits for the steps on those before it, see the setting `streams.consistency`. What is left out
+    is as the stream has it, or a new one from the config."""
+
+    mode: Literal["strict", "stale"] = Field(
+        description="strict: it waits; stale: it is answered while at most so many steps are under way."
+    )
+    steps: int | None = Field(default=None, ge=1, le=64, description="Of stale: the most steps under way.")
+
+
 ConsistencyWanted = Annotated[
-    Consistency | None,
+    ConsistencyChange | None,
     BeforeValidator(_by_mode),
-    WithJsonSchema({"anyOf": [{"enum": ["strict", "stale"]}, Consistency.model_json_schema(), {"type": "null"}]}),
+    WithJsonSchema({"anyOf": [{"enum": ["strict", "stale"]}, ConsistencyChange.model_json_schema(), {"type": "null"}]}),
     Field(
         description="Whether a request waits for the steps on those before it (strict), or is answered while at most "
         "so many are under way (stale, steps), see the setting `streams.consistency`."

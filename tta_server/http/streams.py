@@ -13,6 +13,7 @@ from tta_server.http.codec import decode_inputs, multipart
 from tta_server.http.guard import guarded, needs, tenant_of
 from tta_server.http.images import JPEG, PNG
 from tta_server.http.schemas import (
+    ConsistencyChange,
     DurabilityChange,
     OpenStream,
     PatchedStream,
@@ -42,7 +43,7 @@ from tta_server.http.wire import (
     unless_gone,
 )
 from tta_server.service import Service
-from tta_server.settings import Durability, Right
+from tta_server.settings import Consistency, Durability, Right
 from tta_server.tenant import Tenant, check_input
 
 _PREDICT_BODY = {
@@ -82,6 +83,14 @@ def durability_of(
     return now.model_copy(update=asked.model_dump(exclude_none=True))
 
 
+def consistency_of(service: Service, tenant: Tenant, id: str, asked: ConsistencyChange | None) -> Consistency | None:
+    """Likewise, the consistency."""
+    if asked is None:
+        return None
+    now = tenant.stream(id).consistency if tenant.is_open(id) else service.settings.streams.consistency
+    return now.model_copy(update=asked.model_dump(exclude_none=True))
+
+
 def router(service: Service) -> APIRouter:
     """The routes over ``service``."""
     routes = APIRouter(prefix="/v1/streams", tags=["streams"], responses=PROBLEMS, route_class=guarded(service))
@@ -101,7 +110,7 @@ def router(service: Service) -> APIRouter:
         durability = durability_of(service, tenant, id, asked.durability)
         stream, created = tenant.open(
             id, asked.model, asked.policy, asked.settings, asked.adapt, durability,
-            guard=asked.guard, consistency=asked.consistency,
+            guard=asked.guard, consistency=consistency_of(service, tenant, id, asked.consistency),
         )  # fmt: skip
         await tenant.settle(stream)
         return json_response(stream_detail(tenant, stream), 201 if created else 200)
@@ -141,8 +150,9 @@ def router(service: Service) -> APIRouter:
         tenant = tenant_of(request)
         durability = durability_of(service, tenant, id, asked.durability)
         stream, kept = await tenant.update(
-            id, asked.adapt, asked.policy, asked.settings, durability, asked.guard, asked.consistency
-        )
+            id, asked.adapt, asked.policy, asked.settings, durability, asked.guard,
+            consistency_of(service, tenant, id, asked.consistency),
+        )  # fmt: skip
         await tenant.settle(stream)
         return json_response({**stream_detail(tenant, stream), "state_kept": kept})
 
