@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.base import BATCH_NORM, SOURCE_NORM, Norm, Segments, Tensors
-from tta_server.engine.segment_norm import SegmentBatchNorm, batch_statistics, per_row
+from tta_server.engine.segment_norm import SegmentBatchNorm, batch_statistics, by_kernel, per_row
 from tta_server.engine.traced import is_tracing
 from tta_server.engine.triton_norm import TritonBatchNorm, available
 
@@ -142,15 +142,19 @@ class StreamBatchNorm(StreamNorm):
             # The source itself keeps no statistics here: its only mode is the batch's.
             mean, var = x.new_zeros(1, self.channels), x.new_ones(1, self.channels)
             norm = replace(BATCH_NORM, median=norm.median)
-        y: Tensor
-        kind = TritonBatchNorm if available(x, norm) else SegmentBatchNorm
-        y, mean, var = kind.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            x, gamma, beta, mean, var, now.segments, norm, self.eps
-        )
-        if norm.running and self.running_mean is not None:
-            now.statistics[f"{self.name}.running_mean"] = mean
-            now.statistics[f"{self.name}.running_var"] = var
-        return self._conduit.rest(y.view_as(x))
+
+        def written_out(x: Tensor, own: slice, segments: Segments) -> Tensor:
+            kind = TritonBatchNorm if available(x, norm) else SegmentBatchNorm
+            tensors = (one if len(one) == 1 else one[own] for one in (gamma, beta, mean, var))
+            y, *used = kind.apply(x, *tensors, segments, norm, self.eps)  # type: ignore[no-untyped-call]  # torch's
+            if norm.running and self.running_mean is not None:
+                for key, value in zip(("running_mean", "running_var"), used, strict=True):
+                    now.statistics[f"{self.name}.{key}"] = value
+            return y.view_as(x)  # type: ignore[no-any-return]
+
+        if norm == BATCH_NORM and x.is_cpu and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return self._conduit.rest(by_kernel(x, gamma, beta, now.segments, self.eps, written_out))
+        return self._conduit.rest(written_out(x, slice(None), now.segments))
 
 
 class StreamLayerNorm(StreamNorm):

@@ -26,11 +26,14 @@ the subgradients, which does not depend on the order of the rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -38,6 +41,37 @@ from adapters.base import BATCH_NORM, Norm, Segments
 
 _BLOCK = 2**18
 """Values that are worked on together, so that one operation finds in the cache what the last one left."""
+
+
+Rest = Callable[[Tensor, slice, Segments], Tensor]
+"""Normalises some rows, of the streams of a slice."""
+_LARGE = 2**18
+"""Values of a stream in a layer from which on torch's own kernel is faster."""
+
+
+def by_kernel(x: Tensor, gamma: Tensor, beta: Tensor, segments: Segments, eps: float, rest: Rest) -> Tensor:
+    """Batch norm of ``x [N, channels, ...]`` where each stream is normalised by its batch alone (``BATCH_NORM``): a
+    stream with many values in a call of torch's own kernel, by itself, neighbours with few by ``rest``.
+
+    Which way a stream goes depends on its own size only, so its numbers do not depend on its company.
+    """
+    each = x[0].numel()
+    parts, row, stream = list[Tensor](), 0, 0
+    for is_large, sizes in groupby(segments.sizes, key=lambda size: size * each >= _LARGE):
+        for some in [[size] for size in sizes] if is_large else [list(sizes)]:
+            rows, streams = slice(row, row + sum(some)), slice(stream, stream + len(some))
+            own = x if len(some) == segments.streams else x[rows]
+            if is_large:
+                scale, shift = (one[0] if len(one) == 1 else one[stream] for one in (gamma, beta))
+                y = F.batch_norm(own, None, None, scale, shift, True, 0.0, eps)
+            else:
+                y = rest(own, streams, segments if own is x else Segments(some, x.device))
+            parts.append(y)
+            row, stream = rows.stop, streams.stop
+    if len(parts) == 1:
+        return parts[0]
+    # Side by side in memory as images are here; torch.cat would choose by the parts' sizes.
+    return torch.cat([part.movedim(1, -1) for part in parts if len(part)]).movedim(-1, 1)
 
 
 class SegmentBatchNorm(torch.autograd.Function):
