@@ -48,7 +48,8 @@ class ResNet50(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+        scores: Tensor = self.fc(x.mean((2, 3)))
+        return scores
 
 
 def _stage(blocks: int, width_in: int, width: int, stride: int) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -842,3 +843,30 @@ def test_a_step_that_is_open_for_long_goes_before_answers(
     assert [ending.answer().version for ending in endings] == [0, 0]
     settle(device)
     assert device.recorder.results() == results
+
+
+def test_clients_that_always_come_back_keep_no_step_open(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come in the midst of it: whenever a frozen answer leaves, the next request is there."""
+    ticks = itertools.count()
+    monkeypatch.setattr(device.runner, "_clock", lambda: next(ticks) * 0.01)
+    frozen, most, answered = stream_of(SourcePolicy(), "b"), 1000, itertools.count(1)
+    over, interrupt = threading.Event(), device.runner._interrupt
+
+    def again(answer: Answer | None = None, error: Exception | None = None) -> None:
+        if "applied" in device.recorder.results() or next(answered) > most:
+            over.set()
+        else:
+            device.runner.submit(Job(frozen, again, Lane(MODEL, frozen.policy), rows(1)))
+
+    def first_time() -> None:
+        if not came:
+            came.append(True)
+            again()
+        interrupt()
+
+    came: list[bool] = []
+    monkeypatch.setattr(device.runner, "_interrupt", first_time)
+    device.runner.start()
+    submit(device, stream_of(TENT, "a"), rows(4))
+    assert over.wait(20)
+    assert 2 < next(answered) < most

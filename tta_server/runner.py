@@ -142,7 +142,7 @@ class Runner:
             return
         self._interrupting, began = True, self._clock()
         try:
-            while True:
+            while not self._is_overdue():
                 with self._changed:
                     plan, expired = self._next(predictions=True)
                 self._expire(expired)

@@ -146,11 +146,12 @@ class StreamBatchNorm(StreamNorm):
         def written_out(x: Tensor, own: slice, segments: Segments) -> Tensor:
             kind = TritonBatchNorm if available(x, norm) else SegmentBatchNorm
             tensors = (one if len(one) == 1 else one[own] for one in (gamma, beta, mean, var))
+            y: Tensor
             y, *used = kind.apply(x, *tensors, segments, norm, self.eps)  # type: ignore[no-untyped-call]  # torch's
             if norm.running and self.running_mean is not None:
                 for key, value in zip(("running_mean", "running_var"), used, strict=True):
                     now.statistics[f"{self.name}.{key}"] = value
-            return y.view_as(x)  # type: ignore[no-any-return]
+            return y.view_as(x)
 
         if norm == BATCH_NORM and x.is_cpu and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
             return self._conduit.rest(by_kernel(x, gamma, beta, now.segments, self.eps, written_out))

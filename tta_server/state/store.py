@@ -74,7 +74,6 @@ class _LaneStates:
 
     def __init__(self, initial: State, pool: Callable[[Layout], SlotPool]) -> None:
         self.layout = Layout(initial)
-        self.has_weights = any(width and dtype.is_floating_point for dtype, width in self.layout.weights.items())
         self.start_from(initial)
         self.pool = pool(self.layout)
         self.resident: dict[Stream, int] = {}
@@ -90,7 +89,8 @@ class _LaneStates:
         """What new streams start from; ``size`` is the norm of its weights, ``[1]``."""
         packed = self.layout.pack(initial)
         self.initial = {dtype: rows[0] for dtype, rows in packed.items()}
-        self.size = _norm(self, packed, None) if self.has_weights else None
+        has_weights = any(width and dtype.is_floating_point for dtype, width in self.layout.weights.items())
+        self.size = _norm(self, packed, None) if has_weights else None
 
 
 class StateStore:
